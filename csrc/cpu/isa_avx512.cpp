@@ -1,0 +1,38 @@
+// x86-64-v4: 32 registers of 64 bytes.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/kernel.h"
+
+// After every other include: what follows is compiled for this instruction set, and lives in a namespace of its own.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+#define RNNKERN_INLINE inline __attribute__((always_inline))
+
+namespace rnnkern::cpu {
+namespace avx512 {
+
+constexpr int kVectorBytes = 64;
+constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
+
+#include "cpu/simd.inc"
+#include "cpu/tanh.inc"
+#include "cell.h"
+#include "cpu/product.inc"
+#include "cpu/chain.inc"
+
+static bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace avx512
+
+extern const InstructionSet kAvx512 = {"avx512", avx512::supported, avx512::kKernels};
+
+}  // namespace rnnkern::cpu
+#endif

@@ -1,0 +1,28 @@
+// What every processor of the architecture has: 16-byte vectors (SSE2 on x86-64, NEON on aarch64).
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/kernel.h"
+
+#define RNNKERN_INLINE inline __attribute__((always_inline))
+
+namespace rnnkern::cpu {
+namespace generic {
+
+constexpr int kVectorBytes = 16;
+constexpr int kMaxSums = 12;  // of the vector registers, how many hold sums
+
+#include "cpu/simd.inc"
+#include "cpu/tanh.inc"
+#include "cell.h"
+#include "cpu/product.inc"
+#include "cpu/chain.inc"
+
+static bool supported() { return true; }
+
+}  // namespace generic
+
+extern const InstructionSet kGeneric = {"generic", generic::supported, generic::kKernels};
+
+}  // namespace rnnkern::cpu

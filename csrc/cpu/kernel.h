@@ -1,0 +1,100 @@
+// What crosses between the drivers (recurrence.cpp), the bindings and the kernels of each instruction set.
+//
+// T steps, B samples, H hidden units. Pointers are raw, strides are in elements, the last dimension has stride 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace rnnkern::cpu {
+
+enum Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
+enum Nonlinearity : int { kTanh, kRelu, kNonlinearities };
+
+// Which rows a step has, and in which order the steps are walked.
+struct Steps {
+  int64_t T, B, H;
+  const int64_t* batch_sizes;  // (T), non-increasing; null: every step has B rows
+  const int64_t* offsets;      // (T), the first packed row of each step; null with batch_sizes
+  bool reverse;
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+};
+
+// The rows of a (T, B, H) or packed (N, H) tensor of element type S.
+template <class S>
+struct Rows {
+  S* data;
+  int64_t step_stride;  // unused when packed
+  int64_t row_stride;
+
+  S* at(const Steps& steps, int64_t t, int64_t b) const {
+    return data + (steps.offsets ? steps.offsets[t] * row_stride : t * step_stride) + b * row_stride;
+  }
+  S* at(int64_t b) const { return data + b * row_stride; }
+};
+
+// The same, of an element type that only the kernel knows.
+struct AnyRows {
+  void* data;
+  int64_t step_stride, row_stride;
+
+  template <class S>
+  Rows<S> as() const {
+    return {static_cast<S*>(data), step_stride, row_stride};
+  }
+};
+
+struct Forward {
+  Steps steps;
+  AnyRows z;   // like h; may be h itself
+  AnyRows h0;  // (B, H)
+  AnyRows h;
+};
+
+struct Backward {
+  Steps steps;
+  AnyRows grad_h;   // like h
+  AnyRows grad_hn;  // (B, H); data is null for zeros
+  AnyRows h;
+  AnyRows delta;    // like h
+  AnyRows grad_h0;  // (B, H)
+  double clip;
+  double* stats;        // (3, T, B), zeroed by the caller; null for none
+  bool finite_weights;  // 0 * w_hh is 0, so that a chain of zeros needs no product
+};
+
+// A factor (in, out) of the chain's product rows(., in) x factor, element (i, o) at data + i*in_stride + o*out_stride.
+struct Factor {
+  const void* data;
+  int64_t in_stride, out_stride, H;
+};
+
+// The kernels of one instruction set for one dtype. Rows [b0, b1) are independent of all others: a thread takes them
+// through the whole sequence without meeting another.
+struct Kernels {
+  int64_t (*panels)(int64_t H);        // the packed factor is made of so many panels
+  size_t (*packed_bytes)(int64_t H);   //
+  size_t (*scratch_bytes)(int64_t H, int64_t rows);
+  // Fills panels [p0, p1); returns whether every element was finite.
+  bool (*pack)(const Factor&, int64_t p0, int64_t p1, void* packed);
+  void (*forward[kNonlinearities])(const Forward&, const void* packed, int64_t b0, int64_t b1, void* scratch);
+  void (*backward[kNonlinearities])(const Backward&, const void* packed, int64_t b0, int64_t b1, void* scratch);
+};
+
+constexpr size_t kAlignment = 64;  // of packed and scratch
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const Kernels* kernels;  // [kDtypes]
+};
+
+// One per isa_*.cpp.
+extern const InstructionSet kGeneric;
+#if defined(__x86_64__)
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+#endif
+
+}  // namespace rnnkern::cpu

@@ -1,0 +1,32 @@
+// The operators' schemas, all of them, once. Devices register their implementations beside their kernels.
+//
+// T steps, B samples, H hidden units; packed sequences have N = sum(batch_sizes) rows instead of T x B.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(rnnkern, m) {
+  // z (T, B, H) or (N, H); h0 (B, H); w_hh (H, H); batch_sizes (T) int64 on the CPU, non-increasing; nonlinearity
+  // 'tanh' or 'relu'. Returns h like z:  h_t = f(z_t + h_{t-1} w_hh'), walked from the last step if reverse.
+  m.def(
+      "recurrence(Tensor z, Tensor h0, Tensor w_hh, Tensor? batch_sizes, bool reverse, str nonlinearity) -> Tensor");
+
+  // The same, with h in z's place.
+  m.def(
+      "recurrence_(Tensor(a!) z, Tensor h0, Tensor w_hh, Tensor? batch_sizes, bool reverse, str nonlinearity) -> ()");
+
+  // grad_h like h, grad_hn (B, H): the gradients that arrive at every state and at the last ones.
+  // Returns delta like h = dL/dz, and grad_h0 (B, H). clip clamps each element of dL/dh_t to +-clip (inf: never).
+  m.def(
+      "recurrence_backward(Tensor grad_h, Tensor? grad_hn, Tensor h, Tensor h0, Tensor w_hh, Tensor? batch_sizes, "
+      "bool reverse, str nonlinearity, float clip) -> (Tensor, Tensor)");
+
+  // The same, and stats (3, T, B) float64: the squared norms of dL/dh_t, of the part of it that came through h_{t+1},
+  // and of delta_t, per step and sample, before clipping; 0 in the steps that a sample does not have.
+  m.def(
+      "recurrence_backward_stats(Tensor grad_h, Tensor? grad_hn, Tensor h, Tensor h0, Tensor w_hh, "
+      "Tensor? batch_sizes, bool reverse, str nonlinearity, float clip) -> (Tensor, Tensor, Tensor)");
+
+  // The instruction set that the CPU kernels use here, and all that this build and this machine could use.
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str[]");
+}

@@ -1,0 +1,15 @@
+"""Fused tanh and ReLU RNNs for PyTorch, with ‖∂L/∂h_t‖ for every step from inside the backward kernel."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from rnnkern import backends, functional, reference
+from rnnkern.backends import use_backend
+from rnnkern.gradflow import watch
+from rnnkern.modules import RNN, RNNCell
+
+try:
+    __version__ = version("rnnkern")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = ["RNN", "RNNCell", "backends", "functional", "reference", "use_backend", "watch"]

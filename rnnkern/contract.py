@@ -1,0 +1,98 @@
+"""What every operator expects of its arguments, and the words in which it refuses the rest.
+
+The C++ bindings check the same (csrc/checks.h); these serve the reference and the operators' fake implementations.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rnnkern.reference import NONLINEARITIES
+
+
+def check_recurrence(
+    z: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    nonlinearity: str = "tanh",
+) -> None:
+    """Raise RuntimeError naming the argument, what came and what was expected."""
+    _check_sequence("z", z, batch_sizes)
+    B, H = _check_state(z, "z", h0, w_hh, nonlinearity)
+    _check_batch(z, "z", B, batch_sizes)
+    _check_shape("h0", h0, (B, H))
+
+
+def check_recurrence_backward(
+    grad_h: Tensor,
+    grad_hn: Tensor | None,
+    h: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    nonlinearity: str = "tanh",
+    clip: float = float("inf"),
+) -> None:
+    """Raise RuntimeError naming the argument, what came and what was expected."""
+    check_recurrence(h, h0, w_hh, batch_sizes, reverse, nonlinearity)
+    _check_shape("grad_h", grad_h, tuple(h.shape))
+    _check_same("grad_h", grad_h, "h", h)
+    if grad_hn is not None:
+        _check_shape("grad_hn", grad_hn, tuple(h0.shape))
+        _check_same("grad_hn", grad_hn, "h", h)
+    if not clip > 0:
+        raise RuntimeError(f"clip must be positive (inf for none), got {clip}")
+
+
+def _check_sequence(name: str, rows: Tensor, batch_sizes: Tensor | None) -> None:
+    expected = "(T, B, H)" if batch_sizes is None else "(N, H), packed by batch_sizes"
+    if rows.dim() != (3 if batch_sizes is None else 2):
+        raise RuntimeError(f"{name} must have shape {expected}, got {list(rows.shape)}")
+
+
+def _check_state(z: Tensor, name: str, h0: Tensor, w_hh: Tensor, nonlinearity: str) -> tuple[int, int]:
+    if nonlinearity not in NONLINEARITIES:
+        raise RuntimeError(f"nonlinearity must be 'tanh' or 'relu', got '{nonlinearity}'")
+    _check_same("h0", h0, name, z)
+    _check_same("w_hh", w_hh, name, z)
+    H = z.shape[-1]
+    _check_shape("w_hh", w_hh, (H, H))
+    if h0.dim() != 2:
+        raise RuntimeError(f"h0 must have shape (B, H), got {list(h0.shape)}")
+    return h0.shape[0], H
+
+
+def _check_batch(z: Tensor, name: str, B: int, batch_sizes: Tensor | None) -> None:
+    if batch_sizes is None:
+        if z.shape[1] != B:
+            raise RuntimeError(f"h0 must have shape (B, H) = {[z.shape[1], z.shape[2]]}, got {[B, z.shape[2]]}")
+        return
+    if batch_sizes.dim() != 1 or batch_sizes.dtype.is_floating_point or batch_sizes.device.type != "cpu":
+        raise RuntimeError(
+            "batch_sizes must be a 1-D int64 tensor on the CPU, got "
+            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    if type(batch_sizes).__name__ == "FakeTensor":
+        return  # its values are not known while a graph is traced
+    sizes = batch_sizes.tolist()
+    if any(n <= 0 for n in sizes) or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise RuntimeError(f"batch_sizes must be positive and non-increasing, got {sizes}")
+    if sum(sizes) != z.shape[0]:
+        raise RuntimeError(f"batch_sizes must add up to {name}.size(0) = {z.shape[0]}, got a sum of {sum(sizes)}")
+    if sizes and sizes[0] != B:
+        raise RuntimeError(f"h0 must have batch_sizes[0] = {sizes[0]} rows, got {B}")
+
+
+def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != expected:
+        raise RuntimeError(f"{name} must have shape {list(expected)}, got {list(value.shape)}")
+
+
+def _check_same(name: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.dtype != like.dtype:
+        raise RuntimeError(f"{name} must have the dtype of {other} ({like.dtype}), got {value.dtype}")
+    if value.device != like.device:
+        raise RuntimeError(f"{name} must be on the device of {other} ({like.device}), got {value.device}")

@@ -1,0 +1,108 @@
+"""The operators: their fake implementations for tracing, and the one call into a backend.
+
+Schemas stand in csrc/ops.cpp; ``rnnkern::recurrence`` and its backwards dispatch on the device of their tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnnkern import contract, extension
+from rnnkern.backends import BACKENDS
+
+
+def recurrence(
+    backend: str,
+    z: Tensor,  # (T, B, H), or (N, H) with batch_sizes
+    h0: Tensor,  # (B, H)
+    w_hh: Tensor,  # (H, H)
+    batch_sizes: Tensor | None,  # (T,) int64 on the CPU, non-increasing
+    reverse: bool,
+    nonlinearity: str,
+) -> Tensor:
+    """The states h, shaped like z: h_t = f(z_t + h_{t-1} W_hhᵀ)."""
+    return BACKENDS[backend].recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+
+
+def recurrence_(
+    backend: str,
+    z: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    nonlinearity: str,
+) -> None:
+    """As recurrence, with h in z's place."""
+    BACKENDS[backend].recurrence_(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+
+
+def recurrence_backward(
+    backend: str,
+    grad_h: Tensor,  # like h
+    grad_hn: Tensor | None,  # (B, H)
+    h: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    nonlinearity: str,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """delta = ∂L/∂z like h, and grad_h0 (B, H)."""
+    return BACKENDS[backend].recurrence_backward(
+        grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
+    )
+
+
+def recurrence_backward_stats(
+    backend: str,
+    grad_h: Tensor,
+    grad_hn: Tensor | None,
+    h: Tensor,
+    h0: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    nonlinearity: str,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """delta, grad_h0, and stats (3, T, B) float64 = ‖g_t‖², ‖r_t‖², ‖δ_t‖²; rows that a sample does not have are 0."""
+    return BACKENDS[backend].recurrence_backward_stats(
+        grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
+    )
+
+
+if extension.unavailable() is None:
+
+    @torch.library.register_fake("rnnkern::recurrence")
+    def _(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
+        contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+        return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("rnnkern::recurrence_")
+    def _(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
+        contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+
+    @torch.library.register_fake("rnnkern::recurrence_backward")
+    def _(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip):  # type: ignore[no-untyped-def]
+        contract.check_recurrence_backward(
+            grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
+        )
+        return (
+            torch.empty_like(h, memory_format=torch.contiguous_format),
+            torch.empty_like(h0, memory_format=torch.contiguous_format),
+        )
+
+    @torch.library.register_fake("rnnkern::recurrence_backward_stats")
+    def _(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip):  # type: ignore[no-untyped-def]
+        contract.check_recurrence_backward(
+            grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
+        )
+        steps = h.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+        return (
+            torch.empty_like(h, memory_format=torch.contiguous_format),
+            torch.empty_like(h0, memory_format=torch.contiguous_format),
+            h.new_empty((3, steps, h0.shape[0]), dtype=torch.float64),
+        )
