@@ -5,6 +5,7 @@ The C++ bindings check the same (csrc/checks.h); these serve the reference and t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rnnkern.reference import NONLINEARITIES
@@ -19,10 +20,7 @@ def check_recurrence(
     nonlinearity: str = "tanh",
 ) -> None:
     """Raise RuntimeError naming the argument, what came and what was expected."""
-    _check_sequence("z", z, batch_sizes)
-    B, H = _check_state(z, "z", h0, w_hh, nonlinearity)
-    _check_batch(z, "z", B, batch_sizes)
-    _check_shape("h0", h0, (B, H))
+    _check_chain("z", z, h0, w_hh, batch_sizes, nonlinearity)
 
 
 def check_recurrence_backward(
@@ -37,7 +35,7 @@ def check_recurrence_backward(
     clip: float = float("inf"),
 ) -> None:
     """Raise RuntimeError naming the argument, what came and what was expected."""
-    check_recurrence(h, h0, w_hh, batch_sizes, reverse, nonlinearity)
+    _check_chain("h", h, h0, w_hh, batch_sizes, nonlinearity)
     _check_shape("grad_h", grad_h, tuple(h.shape))
     _check_same("grad_h", grad_h, "h", h)
     if grad_hn is not None:
@@ -47,30 +45,31 @@ def check_recurrence_backward(
         raise RuntimeError(f"clip must be positive (inf for none), got {clip}")
 
 
-def _check_sequence(name: str, rows: Tensor, batch_sizes: Tensor | None) -> None:
+def _check_chain(
+    name: str, rows: Tensor, h0: Tensor, w_hh: Tensor, batch_sizes: Tensor | None, nonlinearity: str
+) -> None:
+    """``rows``: z or h, whichever the operator takes."""
     expected = "(T, B, H)" if batch_sizes is None else "(N, H), packed by batch_sizes"
     if rows.dim() != (3 if batch_sizes is None else 2):
         raise RuntimeError(f"{name} must have shape {expected}, got {list(rows.shape)}")
-
-
-def _check_state(z: Tensor, name: str, h0: Tensor, w_hh: Tensor, nonlinearity: str) -> tuple[int, int]:
     if nonlinearity not in NONLINEARITIES:
         raise RuntimeError(f"nonlinearity must be 'tanh' or 'relu', got '{nonlinearity}'")
-    _check_same("h0", h0, name, z)
-    _check_same("w_hh", w_hh, name, z)
-    H = z.shape[-1]
+    _check_same("h0", h0, name, rows)
+    _check_same("w_hh", w_hh, name, rows)
+    H = rows.shape[-1]
     _check_shape("w_hh", w_hh, (H, H))
     if h0.dim() != 2:
         raise RuntimeError(f"h0 must have shape (B, H), got {list(h0.shape)}")
-    return h0.shape[0], H
+    _check_batch(name, rows, h0.shape[0], batch_sizes)
+    _check_shape("h0", h0, (h0.shape[0], H))
 
 
-def _check_batch(z: Tensor, name: str, B: int, batch_sizes: Tensor | None) -> None:
+def _check_batch(name: str, rows: Tensor, B: int, batch_sizes: Tensor | None) -> None:
     if batch_sizes is None:
-        if z.shape[1] != B:
-            raise RuntimeError(f"h0 must have shape (B, H) = {[z.shape[1], z.shape[2]]}, got {[B, z.shape[2]]}")
+        if rows.shape[1] != B:
+            raise RuntimeError(f"h0 must have shape (B, H) = {[*rows.shape[1:]]}, got {[B, rows.shape[2]]}")
         return
-    if batch_sizes.dim() != 1 or batch_sizes.dtype.is_floating_point or batch_sizes.device.type != "cpu":
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             "batch_sizes must be a 1-D int64 tensor on the CPU, got "
             f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
@@ -80,8 +79,8 @@ def _check_batch(z: Tensor, name: str, B: int, batch_sizes: Tensor | None) -> No
     sizes = batch_sizes.tolist()
     if any(n <= 0 for n in sizes) or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise RuntimeError(f"batch_sizes must be positive and non-increasing, got {sizes}")
-    if sum(sizes) != z.shape[0]:
-        raise RuntimeError(f"batch_sizes must add up to {name}.size(0) = {z.shape[0]}, got a sum of {sum(sizes)}")
+    if sum(sizes) != rows.shape[0]:
+        raise RuntimeError(f"batch_sizes must add up to {name}.size(0) = {rows.shape[0]}, got a sum of {sum(sizes)}")
     if sizes and sizes[0] != B:
         raise RuntimeError(f"h0 must have batch_sizes[0] = {sizes[0]} rows, got {B}")
 

@@ -54,7 +54,7 @@ def rnn(
             f"h0 must have shape (layers*directions, B, H) with one entry for each of the {len(weights)} weights, "
             f"got {list(h0.shape)}"
         )
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_enabled(input.device):
         dtype = torch.get_autocast_dtype(input.device.type)
         h0 = h0.to(dtype)
         weights = [(w_ih, w_hh.to(dtype), b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh in weights]
@@ -64,15 +64,18 @@ def rnn(
         for direction in range(directions):
             index = layer * directions + direction
             w_ih, w_hh, b_ih, b_hh = weights[index]
+            z, state = F.linear(input, w_ih, _sum(b_ih, b_hh)), h0[index]
+            # A tap requires grad: alone it would make the output of a frozen net require grad too.
+            tapped = taps is not None and (z.requires_grad or state.requires_grad or w_hh.requires_grad)
             h, h_n = recurrence(
-                F.linear(input, w_ih, _sum(b_ih, b_hh)),
-                h0[index],
+                z,
+                state,
                 w_hh,
                 batch_sizes=batch_sizes,
                 reverse=direction == 1,
                 nonlinearity=nonlinearity,
                 clip=clip,
-                tap=None if taps is None else taps(layer, direction),
+                tap=taps(layer, direction) if taps is not None and tapped else None,
             )
             outputs.append(h)
             final_states.append(h_n)
@@ -80,6 +83,11 @@ def rnn(
         if dropout > 0 and training and layer < len(weights) // directions - 1:
             input = F.dropout(input, dropout)
     return input, final_states[0][None] if len(final_states) == 1 else torch.stack(final_states)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device; on some it does not exist, and asking raises."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _sum(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:

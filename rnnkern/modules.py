@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern.functional import LayerWeights, TapFactory, rnn
-from rnnkern.reference import NONLINEARITIES
+from rnnkern.functional import LayerWeights, TapFactory, autocast_enabled, rnn
 
 
 class RNN(nn.RNNBase):
@@ -121,7 +120,7 @@ class RNN(nn.RNNBase):
         self.check_hidden_size(hx, states)
         if batch_sizes is None and input.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        self._check_hx(hx, input)
+        self._check_places(hx, input)
         T = input.shape[0] if batch_sizes is None else len(batch_sizes)
         output, h_n = rnn(
             input,
@@ -136,10 +135,16 @@ class RNN(nn.RNNBase):
         )
         return output, h_n if unsorted_indices is None else h_n.index_select(1, unsorted_indices)
 
-    def _check_hx(self, hx: Tensor, input: Tensor) -> None:
+    def _check_places(self, hx: Tensor, input: Tensor) -> None:
+        weight = self.weight_hh_l0
+        if weight.device != input.device:
+            raise RuntimeError(
+                f"input must be on the device of the weights ({weight.device}), got {input.device}. "
+                f"Convert input: input.to('{weight.device}'), or convert model: model.to('{input.device}')"
+            )
         if hx.device != input.device:
             raise RuntimeError(f"hx must be on the device of input ({input.device}), got {hx.device}")
-        if hx.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if hx.dtype != input.dtype and not autocast_enabled(input.device):
             raise RuntimeError(f"hx must have the dtype of input ({input.dtype}), got {hx.dtype}")
 
     def _weights(self) -> list[LayerWeights]:
@@ -182,50 +187,16 @@ class RNN(nn.RNNBase):
         self.__dict__.pop("_flat_weights", None)  # pickles of torch.nn.RNN carry one
 
 
-class RNNCell(nn.RNNCellBase):
-    """A drop-in replacement for :class:`torch.nn.RNNCell`: one step, h' = f(x W_ihᵀ + b_ih + h W_hhᵀ + b_hh).
+class RNNCell(nn.RNNCell):
+    """:class:`torch.nn.RNNCell`: one step, h' = f(x W_ihᵀ + b_ih + h W_hhᵀ + b_hh).
+
+    A single step has no chain to fuse: its two products and its activation are PyTorch's own operators, which are the
+    fastest there are for it. The class stands here so that one import serves both. Where you hold a whole sequence,
+    give it to :class:`RNN` instead of looping over cells.
 
     Shapes: input (B, I) or (I), hx (B, H) or (H), zeros by default; output like hx.
 
     Raises:
-        ValueError: input or hx that is not 1-D or 2-D, an unknown nonlinearity.
-        RuntimeError: sizes or dtypes that do not fit.
+        ValueError: input or hx that is not 1-D or 2-D.
+        RuntimeError: sizes or dtypes that do not fit, an unknown nonlinearity.
     """
-
-    nonlinearity: str
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """The next state; see the class for shapes and errors."""
-        if input.dim() not in (1, 2):
-            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if hx is not None and hx.dim() not in (1, 2):
-            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        if self.nonlinearity not in NONLINEARITIES:
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        if input.dim() == 1:
-            return self.forward(input[None], None if hx is None else hx[None])[0]
-        if hx is None:
-            hx = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
-        if input.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {self.input_size}")
-        if hx.dim() != 2 or hx.shape[1] != self.hidden_size:
-            raise RuntimeError(
-                f"hidden0 has inconsistent hidden_size: got {hx.shape[-1]}, expected {self.hidden_size}"
-            )
-        if hx.shape[0] != input.shape[0]:
-            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden0 batch size {hx.shape[0]}")
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        output, _ = rnn(input[None], hx[None], [weights], nonlinearity=self.nonlinearity)
-        return output[0]

@@ -33,15 +33,30 @@ Steps steps_of(const Sequence& sequence, bool reverse) {
           packed ? sequence.offsets.data() : nullptr, reverse};
 }
 
-// The kernels walk any strides, but the elements of a row must lie side by side.
-Tensor with_whole_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 // Of a (T, B, H), (N, H) or (B, H) tensor.
 AnyRows rows_of(const Tensor& tensor) {
   return {tensor.data_ptr(), tensor.dim() == 3 ? tensor.stride(0) : 0, tensor.stride(tensor.dim() - 2)};
+}
+
+// A tensor as the kernels can walk it, and what keeps its memory: any strides, but the elements of a row side by side.
+struct Walkable {
+  Tensor memory;
+  AnyRows rows;
+};
+
+Walkable walkable(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) <= 1 || tensor.stride(last) == 1) return {tensor, rows_of(tensor)};
+  bool one_value = tensor.numel() > 0;
+  for (int64_t i = 0; i <= last; ++i) one_value = one_value && tensor.stride(i) == 0;
+  if (one_value) {  // the gradient of a sum: one row stands for all
+    Tensor row = tensor;
+    for (int64_t i = 0; i < last; ++i) row = torch::stable::narrow(row, i, 0, 1);
+    row = torch::stable::contiguous(row);
+    return {row, {row.data_ptr(), 0, 0}};
+  }
+  const Tensor copy = torch::stable::contiguous(tensor);
+  return {copy, rows_of(copy)};
 }
 
 Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
@@ -49,8 +64,8 @@ Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, 
 void launch(
     const Tensor& z, const Tensor& h0, const Tensor& w_hh, const Sequence& sequence, bool reverse,
     const std::string& nonlinearity, const Tensor& h) {
-  const Tensor z_rows = with_whole_rows(z), h0_rows = with_whole_rows(h0);
-  const Forward job{steps_of(sequence, reverse), rows_of(z_rows), rows_of(h0_rows), rows_of(h)};
+  const Walkable z_rows = walkable(z), h0_rows = walkable(h0);
+  const Forward job{steps_of(sequence, reverse), z_rows.rows, h0_rows.rows, rows_of(h)};
   recurrence(
       job, {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}, dtype_of(z), nonlinearity_of(nonlinearity),
       static_cast<int>(torch::stable::get_num_threads()));
@@ -79,7 +94,7 @@ void recurrence_in_place_op(
   const Sequence sequence = check_recurrence("z", z, h0, w_hh, batch_sizes, nonlinearity);
   STD_TORCH_CHECK(
       !overlaps_itself(z), "z must have an address of its own for every element to be written, got an expanded tensor");
-  const Tensor h = with_whole_rows(z);
+  const Tensor h = walkable(z).memory;
   launch(h, h0, w_hh, sequence, reverse, nonlinearity, h);
   if (h.data_ptr() != z.data_ptr()) torch::stable::copy_(z, h);
 }
@@ -95,14 +110,13 @@ std::tuple<Tensor, Tensor> launch_backward(
     const Shape shape{3, sequence.T, sequence.B};
     *stats = torch::stable::new_zeros(h, shape, torch::headeronly::ScalarType::Double);
   }
-  const Tensor grad_h_rows = with_whole_rows(grad_h), h_rows = with_whole_rows(h);
-  const std::optional<Tensor> grad_hn_rows =
-      grad_hn ? std::optional<Tensor>(with_whole_rows(*grad_hn)) : std::nullopt;
+  const Walkable grad_h_rows = walkable(grad_h), h_rows = walkable(h);
+  const Walkable grad_hn_rows = grad_hn ? walkable(*grad_hn) : Walkable{{}, {nullptr, 0, 0}};
   const Backward job{
       steps_of(sequence, reverse),
-      rows_of(grad_h_rows),
-      grad_hn_rows ? rows_of(*grad_hn_rows) : AnyRows{nullptr, 0, 0},
-      rows_of(h_rows),
+      grad_h_rows.rows,
+      grad_hn_rows.rows,
+      h_rows.rows,
       rows_of(delta),
       rows_of(grad_h0),
       clip,

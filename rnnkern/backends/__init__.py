@@ -54,6 +54,11 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
+def is_named() -> bool:
+    """Whether the caller has named a backend, instead of leaving the choice to ``auto``."""
+    return _chosen != "auto"
+
+
 def select(z: Tensor) -> Backend:
     """The backend for a recurrence over ``z`` (.., H)."""
     device, dtype, hidden_size = z.device.type, z.dtype, z.shape[-1]

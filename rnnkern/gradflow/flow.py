@@ -36,9 +36,9 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1) -> Flow:
             callable.
 
     What is recorded is what ``backward()`` sends through the RNNs: ``torch.autograd.grad``, ``backward(inputs=...)``
-    and ``torch.func`` transforms leave the taps out, and record nothing. Neither do forwards without grad mode, so an
-    evaluation in between disturbs nothing. ``torch.compile`` breaks its graph at the taps, so
-    ``fullgraph=True`` fails while a model is watched.
+    and ``torch.func.grad`` leave the taps out, and record nothing. Neither do forwards without grad mode, so an
+    evaluation in between disturbs nothing. What ``torch.func.vmap`` maps over shares a row: squares add.
+    ``torch.compile`` breaks its graph at the taps, so ``fullgraph=True`` fails while a model is watched.
 
     Example::
 
@@ -80,12 +80,13 @@ class Flow:
     micro-batches, repeated forwards and several losses are rows of one record: their squares add. A step counts only
     if a watched module has run forward (with gradients) since the last one, so two optimizers that step one after the
     other count once. Optimizers of torch.optim are noticed by themselves; any other loop calls :meth:`step`. Where a
-    GradScaler skips a step, the next iteration still belongs to it.
+    GradScaler skips a step, the next iteration still belongs to it; norms carry the scale of the loss.
 
     A forward belongs to the step in which it ran; its gradients go there whenever its backward comes. Two backwards
     through one graph (``retain_graph=True``) add their squares in the rows of its one forward.
 
-    Statistics stay on their device until they are read: 24·T·B bytes per layer and direction, for one step.
+    Statistics stay on their device until they are read: 24·T·B bytes per layer and direction, for one step. A step
+    whose statistics reach 1 GiB records no further forwards, and warns: most likely nobody has told it of its end.
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, RNN], every: int | Callable[[int], bool]) -> None:

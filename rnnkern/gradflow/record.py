@@ -140,8 +140,7 @@ class ModuleRecord:
         squares = self._squares_in("lag")
         if self.per_sample:
             return np.sqrt(np.where(self._exists, squares, np.nan))
-        with np.errstate(invalid="ignore"):
-            return np.sqrt(squares.sum(-1) / self._exists.sum(-1))
+        return np.sqrt(squares.sum(-1) / np.maximum(self._exists.sum(-1), 1))
 
     @property
     def _exists(self) -> NDArray[np.bool_]:

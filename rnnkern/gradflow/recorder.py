@@ -93,6 +93,8 @@ def _joined(forwards: list[Forward], layers: int, directions: int) -> Squares:
         lengths[start:end] = f.lengths()[order]
         for (layer, direction), stats in f.stats.items():
             squares[:, layer, direction, : f.T, start:end] = stats.cpu().numpy()[:, :, order]
+    squares.setflags(write=False)  # later reads share them
+    lengths.setflags(write=False)
     return squares, lengths
 
 
@@ -125,7 +127,7 @@ class Recorder:
         device: torch.device,
     ) -> Taps | None:
         """A TapFactory for the module of that name: None where no backward will come, or nobody wants it."""
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.is_grad_enabled():
             return None
         if self._was_read and not self._has_stepped:
             self._begin_next()

@@ -28,12 +28,17 @@ def rows(record: ModuleRecord) -> list[str]:
     for layer in range(layers):
         for direction in range(directions):
             first, last, slope, horizon, zeros, nonfinite = (column[layer, direction] for column in columns)
+            label = f"l{layer}" + (" reverse" if direction else "")
+            curve = sparkline(curves[layer, direction], low, high)
             lines.append(
-                f"  {f'l{layer}' + (' reverse' if direction else ''):<10}"
-                f"{first:>12.2f}{last:>12.2f}{slope:>+9.3f}{horizon:>9.0f}{zeros:>8}{nonfinite:>10}  "
-                + sparkline(curves[layer, direction], low, high)
+                f"  {label:<10}{first:>12.2f}{last:>12.2f}{_number(slope, '+.3f'):>9}{_number(horizon, '.0f'):>9}"
+                f"{zeros:>8}{nonfinite:>10}  {curve}"
             )
     return lines
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if np.isnan(value) else format(value, form)
 
 
 def sparkline(curve: Floats, low: float, high: float) -> str:

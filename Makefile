@@ -1,0 +1,65 @@
+# make demo       train the digits demo and write its picture (OUT=docs/demo.png)
+# make test       run the tests (ARGS="-k packed" goes to pytest)
+# make lint       ruff, mypy, clang-format: check only
+# make format     let ruff and clang-format write
+# make asan       the tests under AddressSanitizer; make ubsan: under UndefinedBehaviorSanitizer
+# make clean      remove what was built; make distclean: .venv too
+#
+# Each makes .venv where it is missing, installs what it lacks (tools/venv.py) and builds. PYTHON is the Python that
+# .venv is made from; where it has a torch >= 2.10, that torch is used.
+
+PYTHON ?= python3
+OUT ?= docs/demo.png
+ARGS ?=
+
+RUN := .venv/bin/python
+LIBRARY := rnnkern/_cpu.so
+CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc'))
+
+# Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
+export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
+
+.PHONY: demo test lint format asan ubsan clean distclean
+.NOTPARALLEL:
+
+demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
+	mkdir -p $(dir $(OUT))
+	.venv/bin/rnnkern demo --out $(OUT)
+
+test: .venv/.stamp-test $(LIBRARY) .venv/.stamp-install
+	$(RUN) -m pytest $(ARGS)
+
+lint: .venv/.stamp-lint
+	ruff format --check .
+	ruff check .
+	$(RUN) -m mypy
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/.stamp-lint
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+asan ubsan: .venv/.stamp-test .venv/.stamp-install
+	tools/sanitize.sh $(if $(filter asan,$@),address,undefined) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info rnnkern/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
+
+# venv.py writes the stamp where nothing lacks any more.
+.venv/.stamp-%: pyproject.toml constraints.txt tools/venv.py
+	$(PYTHON) tools/venv.py $*
+
+# Compiles only what changed; the libraries land in rnnkern/.
+$(LIBRARY): $(CXX_FILES) setup.py .venv/.stamp-build
+	$(RUN) setup.py --quiet build_ext --inplace
+	touch $@
+
+# Makes .venv see rnnkern/ and gives it the entry point and the version.
+.venv/.stamp-install: pyproject.toml setup.py .venv/.stamp-build | $(LIBRARY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,359 @@
+"""RNNFunction under autograd, torch.func, torch.library and torch.compile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import INF, Problem, make_problem, same_bits
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import rnnkern
+from rnnkern.autograd import RNNFunction, recurrence
+from rnnkern.backends import Backend
+
+PROBLEMS = {
+    "dense": dict(T=3, B=2, H=3),
+    "one": dict(T=1, B=1, H=1),
+    "packed": dict(lengths=[4, 2, 2, 1], H=2),
+}
+shapes = pytest.mark.parametrize("shape", PROBLEMS)
+directions = pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+nonlinearities = pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+
+
+def leaves(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    z, h0, w_hh = (x.detach().clone().requires_grad_() for x in (p.z, p.h0, p.w_hh))
+    return z, h0, w_hh
+
+
+def function_of(p: Problem) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(z, h0, w_hh) -> h, h_n."""
+    options = dict(batch_sizes=p.batch_sizes, reverse=p.reverse, nonlinearity=p.nonlinearity)
+    return lambda z, h0, w_hh: recurrence(z, h0, w_hh, **options)
+
+
+def float64_problem(shape: str, device: str, **options: Any) -> Problem:
+    return make_problem(**PROBLEMS[shape], dtype=torch.float64, device=device, **options)
+
+
+def new_tap(p: Problem) -> Tensor:
+    return torch.zeros(3, len(p.sizes), len(p.h0), dtype=torch.float64, device=p.z.device, requires_grad=True)
+
+
+@shapes
+@directions
+@nonlinearities
+def test_gradcheck(backend: Backend, device: str, shape: str, reverse: bool, nonlinearity: str) -> None:
+    p = float64_problem(shape, device, reverse=reverse, nonlinearity=nonlinearity)
+    assert gradcheck(function_of(p), leaves(p), check_forward_ad=True, check_undefined_grad=True)
+
+
+@shapes
+@directions
+@nonlinearities
+def test_gradgradcheck(backend: Backend, device: str, shape: str, reverse: bool, nonlinearity: str) -> None:
+    p = float64_problem(shape, device, reverse=reverse, nonlinearity=nonlinearity)
+    assert gradgradcheck(function_of(p), leaves(p))
+
+
+def test_gradcheck_module(backend: Backend, device: str) -> None:
+    module = rnnkern.RNN(2, 3, 2, bidirectional=True, dtype=torch.float64, device=device)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    hx = torch.randn(4, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def call(x: Tensor, hx: Tensor, *weights: Tensor) -> Any:
+        names = [name for name, _ in module.named_parameters()]
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, hx))
+
+    assert gradcheck(call, (x, hx, *module.parameters()), fast_mode=True)
+    assert gradgradcheck(call, (x, hx, *module.parameters()), fast_mode=True)
+
+
+@shapes
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_only_what_is_wanted(backend: Backend, device: str, shape: str, wanted: tuple[bool, ...]) -> None:
+    """Any choice of inputs that require grad gives the same gradients for them, and none for the others."""
+    p = float64_problem(shape, device)
+    everything = leaves(p)
+    h, h_n = function_of(p)(*everything)
+    expected = torch.autograd.grad([h, h_n], everything, [p.grad_h, p.grad_hn])
+    inputs = [x.requires_grad_(w) for x, w in zip(leaves(p), wanted, strict=True)]
+    h, h_n = function_of(p)(*inputs)
+    assert h.requires_grad == h_n.requires_grad == any(wanted)
+    if any(wanted):
+        torch.autograd.backward([h, h_n], [p.grad_h, p.grad_hn])
+    for x, w, grad in zip(inputs, wanted, expected, strict=True):
+        assert same_bits([x.grad], [grad]) if w else x.grad is None
+
+
+@shapes
+@pytest.mark.parametrize("of", ["h", "h_n"])
+def test_gradient_of_one_output(backend: Backend, device: str, shape: str, of: str) -> None:
+    p = float64_problem(shape, device)
+    inputs = leaves(p)
+    h, h_n = function_of(p)(*inputs)
+    output, grad = (h, p.grad_h) if of == "h" else (h_n, p.grad_hn)
+    got = torch.autograd.grad(output, inputs, grad, retain_graph=True)
+    zeros = (p.grad_h, 0 * p.grad_hn) if of == "h" else (0 * p.grad_h, p.grad_hn)
+    torch.testing.assert_close(got, torch.autograd.grad([h, h_n], inputs, zeros))
+
+
+@shapes
+@directions
+def test_tap_receives_the_statistics(backend: Backend, device: str, shape: str, reverse: bool) -> None:
+    """The tap's gradient is the statistics; it adds over passes, and takes nothing from the other gradients."""
+    p = float64_problem(shape, device, reverse=reverse)
+    *_, stats = backend.recurrence_backward_stats(*p.replace(h=backend.recurrence(*p.forward)).backward)
+    tap, inputs = new_tap(p), leaves(p)
+
+    def loss(tap: Tensor | None) -> Tensor:
+        options = dict(batch_sizes=p.batch_sizes, reverse=reverse, tap=tap)
+        h, h_n = recurrence(*inputs, **options)
+        return (h * p.grad_h).sum() + (h_n * p.grad_hn).sum()
+
+    without = torch.autograd.grad(loss(None), inputs)
+    loss(tap).backward()
+    assert same_bits([tap.grad], [stats]) and same_bits([x.grad for x in inputs], without)
+    loss(tap).backward()
+    assert same_bits([tap.grad], [2 * stats])
+    (only,) = torch.autograd.grad(loss(tap), [tap])
+    assert same_bits([only], [stats])
+    *grads, with_others = torch.autograd.grad(loss(tap), [*inputs, tap])
+    assert same_bits([with_others, *grads], [stats, *without])
+
+
+def test_tap_alone(backend: Backend, device: str) -> None:
+    """Frozen weights and input: the tap makes the backward pass run all the same."""
+    p = float64_problem("dense", device)
+    tap = new_tap(p)
+    h, _ = recurrence(p.z.clone(), p.h0, p.w_hh, tap=tap)
+    h.backward(p.grad_h)
+    assert tap.grad is not None and tap.grad[0].all()
+
+
+def test_tap_with_clip(backend: Backend, device: str) -> None:
+    """Statistics are those before the clip, and the clip acts on the gradients."""
+    p = float64_problem("dense", device, clip=0.3)
+    *expected, stats = backend.recurrence_backward_stats(*p.replace(h=backend.recurrence(*p.forward)).backward)
+    tap, (z, h0, w_hh) = new_tap(p), leaves(p)
+    torch.autograd.backward(recurrence(z, h0, w_hh, clip=0.3, tap=tap), [p.grad_h, p.grad_hn])
+    assert same_bits([z.grad, h0.grad, tap.grad], [*expected, stats])
+
+
+@nonlinearities
+def test_create_graph_gives_the_same_gradient(backend: Backend, device: str, nonlinearity: str) -> None:
+    """The differentiable backward agrees with the kernel's, also for a penalty on the gradient, and with nn.RNN."""
+    theirs = nn.RNN(3, 5, 2, nonlinearity, dtype=torch.float64, device=device)
+    ours = rnnkern.RNN(3, 5, 2, nonlinearity, dtype=torch.float64, device=device)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    results = []
+    for module in (ours, theirs):
+        output = module(x)[0].square().sum()
+        (plain,) = torch.autograd.grad(output, x, retain_graph=True)
+        (grad,) = torch.autograd.grad(output, x, create_graph=True)
+        torch.testing.assert_close(plain, grad)
+        results.append([grad, *torch.autograd.grad(grad.square().sum(), [x, *module.parameters()], allow_unused=True)])
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        torch.testing.assert_close(a, b)
+
+
+def test_inputs_stay_and_backward_twice_is_refused(backend: Backend, device: str) -> None:
+    p = float64_problem("dense", device)
+    inputs = leaves(p)
+    h, _ = function_of(p)(*inputs)
+    assert same_bits(inputs, (p.z, p.h0, p.w_hh))
+    h.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        h.sum().backward()
+    h, _ = function_of(p)(*inputs)
+    with torch.no_grad():
+        h.add_(1)  # the states are saved for backward: writing to them has to be noticed
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+def test_z_is_consumed_only_without_gradients(backend: Backend, device: str) -> None:
+    p = float64_problem("dense", device)
+    z = p.z.clone()
+    h, h_n = recurrence(z, p.h0, p.w_hh)
+    assert h.data_ptr() == z.data_ptr() and h_n.data_ptr() != z.data_ptr()
+    again, _ = recurrence(p.z.clone().requires_grad_(), p.h0, p.w_hh)
+    assert same_bits([h], [again])
+
+
+def test_anomaly_mode_and_hooks(backend: Backend, device: str) -> None:
+    module = rnnkern.RNN(3, 5, device=device)
+    seen: list[Tensor] = []
+    with torch.autograd.detect_anomaly(check_nan=True):
+        output, _ = module(torch.randn(4, 2, 3, device=device))
+        output.register_hook(seen.append)
+        output.sum().backward()
+    assert len(seen) == 1
+
+
+def test_checkpoint(backend: Backend, device: str) -> None:
+    module = rnnkern.RNN(3, 5, 2, device=device)
+    x = torch.randn(4, 2, 3, device=device)
+    module(x)[0].square().sum().backward()
+    expected = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)[0].square().sum().backward()
+    assert same_bits([p.grad for p in module.parameters()], expected)
+
+
+# torch.func
+
+
+def small_module(device: str) -> tuple[rnnkern.RNN, dict[str, Tensor], Tensor]:
+    module = rnnkern.RNN(2, 3, 2, dtype=torch.float64, device=device)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    return module, weights, torch.randn(4, 5, 2, dtype=torch.float64, device=device)
+
+
+def test_func_grad(backend: Backend, device: str) -> None:
+    module, weights, x = small_module(device)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x,))[0].square().sum()
+
+    grads = torch.func.grad(loss)(weights, x)
+    module(x)[0].square().sum().backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad)
+
+
+@pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])
+def test_jacobians(backend: Backend, device: str, jacobian: Callable[..., Any]) -> None:
+    module, _, x = small_module(device)
+    theirs = nn.RNN(2, 3, 2, dtype=torch.float64, device=device)
+    theirs.load_state_dict(module.state_dict())
+    expected = torch.autograd.functional.jacobian(lambda x: theirs(x)[0], x)
+    torch.testing.assert_close(jacobian(lambda x: module(x)[0])(x), expected)
+
+
+def test_hessian(backend: Backend, device: str) -> None:
+    p = float64_problem("dense", device)
+
+    def loss(w_hh: Tensor) -> Tensor:
+        return recurrence(p.z.clone(), p.h0, w_hh)[0].square().sum()
+
+    expected = torch.autograd.functional.hessian(loss, p.w_hh)
+    torch.testing.assert_close(torch.func.hessian(loss)(p.w_hh), expected)
+
+
+def test_jvp(backend: Backend, device: str) -> None:
+    module, _, x = small_module(device)
+    tangent = torch.randn_like(x)
+    _, got = torch.func.jvp(lambda x: module(x)[0], (x,), (tangent,))
+    jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0], x)
+    torch.testing.assert_close(got, torch.einsum("tbhsci,sci->tbh", jacobian, tangent))
+
+
+def test_gradients_per_sample(backend: Backend, device: str) -> None:
+    module, weights, x = small_module(device)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x[:, None],))[0].square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(weights, x)
+    for b in range(x.shape[1]):
+        alone = torch.func.grad(loss)(weights, x[:, b])
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad[b], alone[name])
+
+
+def test_ensemble(backend: Backend, device: str) -> None:
+    modules = [rnnkern.RNN(2, 3, 2, dtype=torch.float64, device=device) for _ in range(4)]
+    weights, buffers = torch.func.stack_module_state(modules)
+    x = torch.randn(4, 5, 2, dtype=torch.float64, device=device)
+
+    def call(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(modules[0], (weights, buffers), (x,))[0]
+
+    outputs = torch.func.vmap(call)(weights, buffers)
+    for output, module in zip(outputs, modules, strict=True):
+        torch.testing.assert_close(output, module(x)[0])
+
+
+# torch.library and torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["dense", "packed"])
+def test_opcheck(cpu_library: None, dtype: torch.dtype, shape: str) -> None:
+    for reverse in (False, True):
+        p = make_problem(**PROBLEMS[shape], dtype=dtype, reverse=reverse, with_grad_hn=not reverse)
+        operators = torch.ops.rnnkern
+        torch.library.opcheck(operators.recurrence.default, p.forward)
+        torch.library.opcheck(operators.recurrence_.default, p.forward)
+        torch.library.opcheck(operators.recurrence_backward.default, p.backward)
+        torch.library.opcheck(operators.recurrence_backward_stats.default, p.backward)
+    strided = p.replace(z=p.z.transpose(0, 1).contiguous().transpose(0, 1), w_hh=p.w_hh.T)
+    torch.library.opcheck(operators.recurrence.default, strided.forward)
+    torch.library.opcheck(operators.recurrence_backward_stats.default, strided.backward)
+
+
+def train(call: Callable[..., Any], module: nn.Module, x: Tensor, hx: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    x, hx = x.detach().requires_grad_(), hx.detach().requires_grad_()
+    output, h_n = call(x, hx)
+    (output.square().sum() + h_n.sum()).backward()
+    return [output, h_n, x.grad, hx.grad, *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(backend: Backend, device: str, compiler: str) -> None:
+    """One graph, forward and backward, with the numbers of eager mode; other lengths and batches too."""
+    if compiler == "inductor" and backend.name == "reference":
+        pytest.skip("an unrolled loop is slow to compile, and nothing of ours is in it")
+    torch._dynamo.reset()
+    module = rnnkern.RNN(3, 5, 2, bidirectional=True, dtype=torch.float64, device=device)
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
+    sizes = {"inductor": [(4, 2)], "aot_eager": [(4, 2), (4, 3) if backend.name == "reference" else (7, 3)]}
+    for T, B in sizes[compiler]:
+        x = torch.randn(T, B, 3, dtype=torch.float64, device=device)
+        hx = torch.randn(4, B, 5, dtype=torch.float64, device=device)
+        torch.testing.assert_close(train(compiled, module, x, hx), train(module, module, x, hx))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, hx), module(x, hx))
+
+
+def test_compile_keeps_dropout(backend: Backend, device: str) -> None:
+    torch._dynamo.reset()
+    module = rnnkern.RNN(3, 5, 2, dropout=0.5, device=device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 3, device=device)
+    outputs = []
+    for call in (compiled, module):
+        torch.manual_seed(1)
+        outputs.append(call(x)[0])
+    torch.testing.assert_close(*outputs)
+    assert not torch.equal(compiled(x)[0], outputs[0])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(cpu_library: None, strict: bool) -> None:
+    """T and B are dynamic; one operator per layer and direction."""
+    module = rnnkern.RNN(3, 5, 2, bidirectional=True).eval()
+    dynamic = {"input": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(4, 6, 3),), dynamic_shapes=dynamic, strict=strict)
+        x = torch.randn(9, 3, 3)
+        torch.testing.assert_close(program.module()(x), module(x))
+    calls = [str(n.target) for n in program.graph.nodes if "rnnkern" in str(n.target)]
+    assert len(calls) == 4
+
+
+def test_function_refuses_nothing_it_promises(backend: Backend, device: str) -> None:
+    """apply takes its arguments in the order of its docstring, the tap and batch_sizes may be None."""
+    p = make_problem(3, 2, 4, device=device)
+    z, h0, w_hh = leaves(p)
+    h, h_n = RNNFunction.apply(z, h0, w_hh, None, None, False, "tanh", INF, backend.name)
+    assert same_bits([h], [backend.recurrence(*p.forward)]) and torch.equal(h_n, h[-1])

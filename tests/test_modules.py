@@ -1,0 +1,287 @@
+"""rnnkern.RNN and RNNCell against torch.nn's, from the same seed, under the rule of helpers.py."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_as_good, same_bits
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import rnnkern
+from rnnkern.backends import Backend
+
+I, H, T, B = 5, 13, 6, 4
+
+OPTIONS = [
+    dict(num_layers=n, bidirectional=b, nonlinearity=f, bias=bias)
+    for n, b, f, bias in itertools.product((1, 2, 3), (False, True), ("tanh", "relu"), (True, False))
+]
+
+
+def twins(device: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> tuple[rnnkern.RNN, nn.RNN]:
+    modules = []
+    for kind in (rnnkern.RNN, nn.RNN):
+        torch.manual_seed(seed)
+        modules.append(kind(I, H, **options).to(device, dtype))
+    return modules[0], modules[1]
+
+
+def random_input(kind: str, seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    x = torch.randn(T, B, I)
+    lengths = torch.tensor([6, 3, 3, 1])
+    return {
+        "padded": x,
+        "one": x[:1, :1],
+        "unbatched": x[:, 0],
+        "packed": pack_padded_sequence(x, lengths),
+        "unsorted": pack_padded_sequence(x, lengths[[2, 0, 3, 1]], enforce_sorted=False),
+    }[kind]
+
+
+def random_hx(module: nn.RNN, x: Any) -> Tensor:
+    states = module.num_layers * (2 if module.bidirectional else 1)
+    if isinstance(x, PackedSequence):
+        return torch.randn(states, int(x.batch_sizes[0]), H)
+    return torch.randn(states, H) if x.dim() == 2 else torch.randn(states, x.shape[0 if module.batch_first else 1], H)
+
+
+def train_once(module: nn.Module, x: Any, hx: Tensor | None, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Outputs and all gradients for a fixed loss."""
+    data = (x.data if isinstance(x, PackedSequence) else x).to(device, dtype).detach().requires_grad_()
+    leaf = None if hx is None else hx.to(device, dtype).detach().requires_grad_()
+    module.zero_grad()
+    output, h_n = module(x._replace(data=data) if isinstance(x, PackedSequence) else data, leaf)
+    rows = output.data if isinstance(output, PackedSequence) else output
+    torch.manual_seed(7)
+    loss = (rows * torch.randn(rows.shape).to(rows)).sum() + (h_n * torch.randn(h_n.shape).to(h_n)).sum()
+    loss.backward()
+    results = {"output": rows, "h_n": h_n, "input.grad": data.grad}
+    if leaf is not None:
+        results["hx.grad"] = leaf.grad
+    return results | {f"{name}.grad": p.grad for name, p in module.named_parameters()}
+
+
+def compare(ours: nn.Module, theirs: nn.Module, x: Any, hx: Tensor | None, device: str) -> None:
+    """Every output and gradient of two modules with the same weights; truth is nn.RNN in float64."""
+    dtype = next(theirs.parameters()).dtype
+    exact = copy.deepcopy(theirs).double()
+    results = [train_once(m, x, hx, d, device) for m, d in ((ours, dtype), (theirs, dtype), (exact, torch.float64))]
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert_as_good(name, value, results[1][name], results[2][name])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("kind", ["padded", "unsorted"])
+def test_options(backend: Backend, device: str, options: dict[str, Any], kind: str) -> None:
+    ours, theirs = twins(device, **options)
+    x = random_input(kind)
+    compare(ours, theirs, x, random_hx(theirs, x), device)
+
+
+@pytest.mark.parametrize("kind", ["padded", "one", "unbatched", "packed", "unsorted"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inputs(backend: Backend, device: str, kind: str, batch_first: bool, with_hx: bool, dtype: torch.dtype) -> None:
+    ours, theirs = twins(device, dtype, num_layers=2, bidirectional=True, batch_first=batch_first)
+    x = random_input(kind)
+    compare(ours, theirs, x, random_hx(theirs, x) if with_hx else None, device)
+
+
+def test_packed_carries_its_indices(backend: Backend, device: str) -> None:
+    """Unsorted: hx is permuted on its way in and h_n on its way out; batch_first does not matter."""
+    sequences = [torch.randn(n, I, device=device) for n in (2, 5, 1, 5)]
+    for batch_first in (False, True):
+        module = rnnkern.RNN(I, H, num_layers=2, bidirectional=True, batch_first=batch_first).to(device)
+        hx = torch.randn(4, 4, H, device=device)
+        packed = pack_sequence(sequences, enforce_sorted=False)
+        output, h_n = module(packed, hx)
+        assert torch.equal(output.batch_sizes, packed.batch_sizes)
+        assert torch.equal(output.sorted_indices, packed.sorted_indices)
+        assert torch.equal(output.unsorted_indices, packed.unsorted_indices)
+        for b, (x, y) in enumerate(zip(sequences, nn.utils.rnn.unpack_sequence(output), strict=True)):
+            alone, last = module(x, hx[:, b])
+            torch.testing.assert_close(y, alone)
+            torch.testing.assert_close(h_n[:, b], last)
+    in_order = pack_sequence(sorted(sequences, key=len, reverse=True))
+    output, _ = module(in_order)
+    assert output.sorted_indices is None and output.unsorted_indices is None
+
+
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
+def test_parameters_and_state_dict(options: dict[str, Any]) -> None:
+    ours, theirs = twins("cpu", **options)
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert list(a) == list(b) and same_bits(a.values(), b.values())
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert repr(ours) == repr(theirs)
+    other, theirs_other = twins("cpu", seed=5, **options)
+    theirs_other.load_state_dict(other.state_dict(), strict=True)
+    other.load_state_dict(theirs.state_dict(), strict=True)
+    assert same_bits(other.parameters(), theirs.parameters())
+    short = dict(a)
+    short.pop("weight_hh_l0")
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight_hh_l0"'):
+        other.load_state_dict(short)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict"):
+        other.load_state_dict({**a, "weight_hr_l0": torch.zeros(1)})
+
+
+def test_positional_arguments_and_attributes() -> None:
+    ours, theirs = rnnkern.RNN(3, 4, 2, "relu", False, True, 0.5, True), nn.RNN(3, 4, 2, "relu", False, True, 0.5, True)
+    for name in ("mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
+                 "bidirectional", "proj_size"):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert [[tuple(w.shape) for w in layer] for layer in ours.all_weights] == [
+        [tuple(w.shape) for w in layer] for layer in theirs.all_weights
+    ]
+    made = nn.utils.skip_init(rnnkern.RNN, 3, 4, device="cpu")
+    assert made.weight_ih_l0.shape == (4, 3)
+    assert rnnkern.RNN(3, 4, dtype=torch.float64).weight_hh_l0.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_follows_the_seed(backend: Backend, device: str, kind: str, bidirectional: bool) -> None:
+    """The same elements fall as in nn.RNN: outputs of relu layers over constant positive states show which."""
+    options = dict(num_layers=3, dropout=0.4, bidirectional=bidirectional, nonlinearity="relu")
+    ours, theirs = twins(device, **options)
+    with torch.no_grad():
+        for p in (*ours.parameters(), *theirs.parameters()):
+            p.copy_(p.abs())
+    x = random_input(kind).to(device)
+    results = []
+    for module in (ours, theirs, copy.deepcopy(theirs).double()):
+        torch.manual_seed(3)
+        output = module(x.double() if module.weight_ih_l0.dtype == torch.float64 else x)[0]
+        results.append(output.data if kind == "packed" else output)
+    assert_as_good("output", *results)
+    ours.eval(), theirs.eval()
+    compare(ours, theirs, random_input(kind), None, device)
+
+
+def test_dropout_of_everything(backend: Backend, device: str) -> None:
+    ours, theirs = twins(device, num_layers=2, dropout=1.0)
+    compare(ours, theirs, random_input("padded"), None, device)
+    x = random_input("padded").to(device)
+    assert same_bits([ours(x)[0]], [ours(torch.randn_like(x))[0]]), "nothing of the first layer comes through"
+
+
+def test_dropout_warns_with_one_layer() -> None:
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
+        module = rnnkern.RNN(3, 4, dropout=0.5)
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(module(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["one", "four"])
+def test_h_n_does_not_alias_output(backend: Backend, device: str, grad: bool, options: dict[str, Any]) -> None:
+    module = rnnkern.RNN(I, H, **options).to(device)
+    for steps in (1, 4):
+        x = torch.randn(steps, 1, I, device=device)
+        before = x.clone()
+        with torch.set_grad_enabled(grad):
+            output, h_n = module(x)
+        hx = torch.zeros_like(h_n)
+        kept = h_n.clone()
+        output.detach().fill_(9.0)
+        assert torch.equal(h_n, kept) and torch.equal(x, before)
+        with torch.set_grad_enabled(grad):
+            module(x, hx)
+        assert not hx.any(), "hx is not written to"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend: Backend, device: str, mode: Any) -> None:
+    """The in-place path gives the same bits, and leaves its input alone."""
+    module = rnnkern.RNN(I, I, 2, bidirectional=True).to(device)
+    for kind in ("padded", "unbatched", "packed"):
+        x = random_input(kind).to(device)
+        expected = module(x)
+        with mode():
+            output = module(x)
+            assert not output[1].requires_grad
+        a, b = (y[0].data if kind == "packed" else y[0] for y in (output, expected))
+        assert same_bits([a, output[1]], [b, expected[1]])
+    with torch.no_grad():  # nothing but hx could be taken for a buffer
+        hx = torch.zeros(4, B, I, device=device)
+        module(random_input("padded").to(device), hx)
+        assert not hx.any()
+
+
+def test_eval_mode_has_a_backward(backend: Backend, device: str) -> None:
+    ours, theirs = twins(device, num_layers=2, dropout=0.5)
+    compare(ours.eval(), theirs.eval(), random_input("padded"), None, device)
+
+
+@pytest.mark.parametrize("frozen", ["weight_hh_l0", "weight_ih_l0", "bias_hh_l1", "all but weight_hh_l1", "all"])
+def test_frozen_weights(backend: Backend, device: str, frozen: str) -> None:
+    ours, theirs = twins(device, num_layers=2)
+    for module in (ours, theirs):
+        for name, p in module.named_parameters():
+            p.requires_grad_((name != frozen and not frozen.startswith("all")) or frozen == f"all but {name}")
+    x = random_input("padded").to(device).requires_grad_(frozen == "all")
+    for module in (ours, theirs):
+        module(x)[0].square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_empty_batch(backend: Backend, device: str) -> None:
+    ours, theirs = twins(device, num_layers=2, bidirectional=True)
+    results = [train_once(m, torch.zeros(T, 0, I), torch.zeros(4, 0, H), torch.float32, device) for m in (ours, theirs)]
+    for name, value in results[0].items():
+        assert value.shape == results[1][name].shape and not value.any(), name
+
+
+@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize("kind", ["padded", "unsorted"])
+def test_autocast(backend: Backend, device: str, with_hx: bool, kind: str) -> None:
+    """Both outputs are in the autocast dtype, also with a float32 hx; gradients in the dtype of their leaves."""
+    ours, theirs = twins(device, num_layers=2, bidirectional=True)
+    x = random_input(kind)
+    hx = random_hx(theirs, x) if with_hx else None
+    exact = train_once(copy.deepcopy(theirs).double(), x, hx, torch.float64, device)
+    results = []
+    for module in (ours, theirs):
+        with torch.autocast(device, torch.bfloat16):
+            results.append(train_once(module, x, hx, torch.float32, device))
+    assert results[0]["output"].dtype == results[0]["h_n"].dtype == torch.bfloat16
+    for name, value in results[0].items():
+        assert value.dtype == results[1][name].dtype, name
+        # Judged in the dtype of the computation: the gradients of float32 leaves are float32 numbers all the same.
+        assert_as_good(name, *(r[name].bfloat16() for r in results), exact[name])
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("with_hx", [True, False])
+def test_cell(backend: Backend, device: str, nonlinearity: str, bias: bool, batched: bool, with_hx: bool) -> None:
+    modules = []
+    for kind in (rnnkern.RNNCell, nn.RNNCell):
+        torch.manual_seed(0)
+        modules.append(kind(I, H, bias, nonlinearity, device=device))
+    ours, theirs = modules
+    assert same_bits(ours.state_dict().values(), theirs.state_dict().values()) and repr(ours) == repr(theirs)
+    shape = (B,) if batched else ()
+    x, hx = torch.randn(*shape, I, device=device), torch.randn(*shape, H, device=device) if with_hx else None
+    results = []
+    for module, dtype in ((ours, torch.float32), (theirs, torch.float32), (copy.deepcopy(theirs), torch.float64)):
+        module.to(dtype).zero_grad()
+        leaves = [v.to(dtype).detach().requires_grad_() for v in (x, hx) if v is not None]
+        output = module(*leaves)
+        output.square().sum().backward()
+        results.append([output, *(v.grad for v in leaves), *(p.grad for p in module.parameters())])
+    for i, values in enumerate(zip(*results, strict=True)):
+        assert_as_good(str(i), *values)
