@@ -1,10 +1,10 @@
 """rnnkern.RNN against torch.nn.RNN on a CPU, one layer, input size = H.
 
-    infer    forward without gradients
-    train    forward, and backward from a given gradient at every step to x and all weights
-    last     the same with a loss on the last step alone
-    watched  train, with rnnkern.watch() recording every step, against train without
-    product  the recurrence operator's product against one GEMM over all steps: the share of the machine's GEMM rate
+infer    forward without gradients
+train    forward, and backward from a given gradient at every step to x and all weights
+last     the same with a loss on the last step alone
+watched  train, with rnnkern.watch() recording every step, against train without
+product  the recurrence operator's product against one GEMM over all steps: the share of the machine's GEMM rate
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import rnnkern
 import torch
 from interleave import compare
 from torch import nn
+
+import rnnkern
 
 T = 256
 #: (B, H)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import rnnkern
 import torch
+
+import rnnkern
 
 Cell = tuple[str, str, int, int, int, dict[str, float]]
 _cells: list[Cell] = []

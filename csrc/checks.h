@@ -33,9 +33,8 @@ inline void check_shape(const char* name, const Tensor& tensor, const Shape& exp
 
 inline void check_same(const char* name, const Tensor& tensor, const char* other, const Tensor& like) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == like.scalar_type(),
-      name, " must have the dtype of ", other, " (", torch::headeronly::toString(like.scalar_type()), "), got ",
-      torch::headeronly::toString(tensor.scalar_type()));
+      tensor.scalar_type() == like.scalar_type(), name, " must have the dtype of ", other, " (",
+      torch::headeronly::toString(like.scalar_type()), "), got ", torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of ", other);
 }
 
@@ -53,8 +52,8 @@ inline Sequence check_recurrence(
   STD_TORCH_CHECK(
       rows.dim() == (batch_sizes ? 2 : 3), name, " must have shape ", expected, ", got ", words(shape(rows)));
   STD_TORCH_CHECK(
-      nonlinearity == "tanh" || nonlinearity == "relu",
-      "nonlinearity must be 'tanh' or 'relu', got '", nonlinearity, "'");
+      nonlinearity == "tanh" || nonlinearity == "relu", "nonlinearity must be 'tanh' or 'relu', got '", nonlinearity,
+      "'");
   check_same("h0", h0, name, rows);
   check_same("w_hh", w_hh, name, rows);
   const int64_t H = rows.size(rows.dim() - 1);
@@ -83,16 +82,14 @@ inline Sequence check_recurrence(
     sequence.batch_sizes.push_back(size);
     sequence.offsets.push_back(sum);
     // A sum of positive sizes that has passed the rows there are cannot overflow on its way to the message.
-    STD_TORCH_CHECK(
-        sorted, "batch_sizes must be positive and non-increasing, got ", size, " at step ", t);
+    STD_TORCH_CHECK(sorted, "batch_sizes must be positive and non-increasing, got ", size, " at step ", t);
     sum += size;
     STD_TORCH_CHECK(
         sum <= rows.size(0), "batch_sizes must add up to ", name, ".size(0) = ", rows.size(0), ", got a sum of ", sum,
         " after ", t + 1, " of ", sequence.T, " steps");
   }
   STD_TORCH_CHECK(
-      sum == rows.size(0),
-      "batch_sizes must add up to ", name, ".size(0) = ", rows.size(0), ", got a sum of ", sum);
+      sum == rows.size(0), "batch_sizes must add up to ", name, ".size(0) = ", rows.size(0), ", got a sum of ", sum);
   STD_TORCH_CHECK(
       sequence.T == 0 || sequence.batch_sizes[0] == B,
       "h0 must have batch_sizes[0] = ", sequence.T ? sequence.batch_sizes[0] : 0, " rows, got ", B);

@@ -7,12 +7,10 @@
 STABLE_TORCH_LIBRARY(rnnkern, m) {
   // z (T, B, H) or (N, H); h0 (B, H); w_hh (H, H); batch_sizes (T) int64 on the CPU, non-increasing; nonlinearity
   // 'tanh' or 'relu'. Returns h like z:  h_t = f(z_t + h_{t-1} w_hh'), walked from the last step if reverse.
-  m.def(
-      "recurrence(Tensor z, Tensor h0, Tensor w_hh, Tensor? batch_sizes, bool reverse, str nonlinearity) -> Tensor");
+  m.def("recurrence(Tensor z, Tensor h0, Tensor w_hh, Tensor? batch_sizes, bool reverse, str nonlinearity) -> Tensor");
 
   // The same, with h in z's place.
-  m.def(
-      "recurrence_(Tensor(a!) z, Tensor h0, Tensor w_hh, Tensor? batch_sizes, bool reverse, str nonlinearity) -> ()");
+  m.def("recurrence_(Tensor(a!) z, Tensor h0, Tensor w_hh, Tensor? batch_sizes, bool reverse, str nonlinearity) -> ()");
 
   // grad_h like h, grad_hn (B, H): the gradients that arrive at every state and at the last ones.
   // Returns delta like h = dL/dz, and grad_h0 (B, H). clip clamps each element of dL/dh_t to +-clip (inf: never).

@@ -63,9 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Needs scikit-learn, matplotlib and rich: pip install "rnnkern[demo]". Downloads nothing.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("--out", type=_picture, default=Path("demo.png"), metavar="FILE", help="the PNG to write")
+    command.add_argument("--out", type=_picture, default="demo.png", metavar="FILE", help="the PNG to write")
     command.add_argument("--epochs", type=_positive_int, default=40, metavar="N", help="of each of the two runs")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights and of the order of the data")
+    command.add_argument(
+        "--seed", type=_seed, default=0, metavar="S", help="of the weights and of the order of the data"
+    )
     command.add_argument("--hidden-size", type=_positive_int, default=128, metavar="H", help="units of the RNN")
     command.add_argument("--batch-size", type=_positive_int, default=64, metavar="B", help="images in a step")
     command.add_argument(
@@ -146,6 +148,13 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {value}")
+    return value
+
+
 # argparse names the type in its message where a number cannot be read.
-_positive_int.__name__ = "integer"
+_positive_int.__name__ = _seed.__name__ = "integer"
 _positive_float.__name__ = "number"

@@ -41,7 +41,7 @@ class RNN(nn.RNNBase):
     Raises:
         ValueError, TypeError: from the constructor, as torch.nn.RNN.
         ValueError: input that is not 2-D or 3-D, or whose dtype is not that of the weights.
-        RuntimeError: sizes of ``input`` or ``hx`` that do not fit, an empty sequence, ``hx`` of another dtype or device.
+        RuntimeError: sizes of ``input`` or ``hx`` that do not fit, an empty sequence, another dtype or device of ``hx``.
     """
 
     #: set by rnnkern.watch for as long as it watches
@@ -91,9 +91,7 @@ class RNN(nn.RNNBase):
         batched = input.dim() == 3
         if hx is not None and hx.dim() != input.dim():
             kind = "batched 3-D" if batched else "unbatched 2-D"
-            raise RuntimeError(
-                f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
-            )
+            raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
         if not batched:
             output, h_n = self._run(input.unsqueeze(1), None if hx is None else hx.unsqueeze(1))
             return output.squeeze(1), h_n.squeeze(1)
@@ -151,8 +149,7 @@ class RNN(nn.RNNBase):
         """The weights by name, as they are at this moment."""
         biases = (None, None)
         return [
-            (*(getattr(self, name) for name in names), *(() if self.bias else biases))  # type: ignore[misc]
-            for names in self._all_weights
+            (*(getattr(self, name) for name in names), *(() if self.bias else biases)) for names in self._all_weights
         ]
 
     # torch.nn.RNN keeps its weights a second time in a flat list, which falls behind when a weight is replaced, and

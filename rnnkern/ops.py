@@ -51,9 +51,7 @@ def recurrence_backward(
     clip: float,
 ) -> tuple[Tensor, Tensor]:
     """delta = ∂L/∂z like h, and grad_h0 (B, H)."""
-    return BACKENDS[backend].recurrence_backward(
-        grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
-    )
+    return BACKENDS[backend].recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
 
 
 def recurrence_backward_stats(
@@ -87,9 +85,7 @@ if extension.unavailable() is None:
 
     @torch.library.register_fake("rnnkern::recurrence_backward")
     def _(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip):  # type: ignore[no-untyped-def]
-        contract.check_recurrence_backward(
-            grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
-        )
+        contract.check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
         return (
             torch.empty_like(h, memory_format=torch.contiguous_format),
             torch.empty_like(h0, memory_format=torch.contiguous_format),
@@ -97,9 +93,7 @@ if extension.unavailable() is None:
 
     @torch.library.register_fake("rnnkern::recurrence_backward_stats")
     def _(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip):  # type: ignore[no-untyped-def]
-        contract.check_recurrence_backward(
-            grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
-        )
+        contract.check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
         steps = h.shape[0] if batch_sizes is None else batch_sizes.shape[0]
         return (
             torch.empty_like(h, memory_format=torch.contiguous_format),

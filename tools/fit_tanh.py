@@ -109,8 +109,10 @@ def fit_exponential(degree, bits):
 
 
 def report(name, coefficients, ideal, error, bits):
-    print(f"  {name}: degree {len(coefficients) - 1}, error {float(error):.3f} ulp of tanh "
-          f"({float(ideal):.3f} before the coefficients were rounded)")
+    print(
+        f"  {name}: degree {len(coefficients) - 1}, error {float(error):.3f} ulp of tanh "
+        f"({float(ideal):.3f} before the coefficients were rounded)"
+    )
     print("    " + ", ".join(c_hex(c, bits) for c in coefficients))
 
 

@@ -29,8 +29,13 @@ Nonlinearity nonlinearity_of(const std::string& name) { return name == "tanh" ? 
 
 Steps steps_of(const Sequence& sequence, bool reverse) {
   const bool packed = !sequence.batch_sizes.empty();
-  return {sequence.T, sequence.B, sequence.H, packed ? sequence.batch_sizes.data() : nullptr,
-          packed ? sequence.offsets.data() : nullptr, reverse};
+  return {
+      sequence.T,
+      sequence.B,
+      sequence.H,
+      packed ? sequence.batch_sizes.data() : nullptr,
+      packed ? sequence.offsets.data() : nullptr,
+      reverse};
 }
 
 // Of a (T, B, H), (N, H) or (B, H) tensor.
@@ -103,8 +108,7 @@ std::tuple<Tensor, Tensor> launch_backward(
     const Tensor& grad_h, const std::optional<Tensor>& grad_hn, const Tensor& h, const Tensor& h0, const Tensor& w_hh,
     const std::optional<Tensor>& batch_sizes, bool reverse, const std::string& nonlinearity, double clip,
     Tensor* stats) {
-  const Sequence sequence =
-      check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, nonlinearity, clip);
+  const Sequence sequence = check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, nonlinearity, clip);
   const Tensor delta = new_like(h), grad_h0 = new_like(h0);
   if (stats) {
     const Shape shape{3, sequence.T, sequence.B};

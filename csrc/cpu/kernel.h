@@ -73,8 +73,8 @@ struct Factor {
 // The kernels of one instruction set for one dtype. Rows [b0, b1) are independent of all others: a thread takes them
 // through the whole sequence without meeting another.
 struct Kernels {
-  int64_t (*panels)(int64_t H);        // the packed factor is made of so many panels
-  size_t (*packed_bytes)(int64_t H);   //
+  int64_t (*panels)(int64_t H);       // the packed factor is made of so many panels
+  size_t (*packed_bytes)(int64_t H);  //
   size_t (*scratch_bytes)(int64_t H, int64_t rows);
   // Fills panels [p0, p1); returns whether every element was finite.
   bool (*pack)(const Factor&, int64_t p0, int64_t p1, void* packed);

@@ -47,7 +47,9 @@ struct Free {
 };
 using Buffer = std::unique_ptr<void, Free>;
 
-Buffer allocate(size_t bytes) { return Buffer(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{kAlignment})); }
+Buffer allocate(size_t bytes) {
+  return Buffer(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{kAlignment}));
+}
 
 // Bounds of `parts` runs of samples with about the same number of rows over all steps. A packed sequence's samples
 // come longest first.
@@ -74,8 +76,8 @@ std::vector<int64_t> divide(const Steps& steps, int parts) {
 constexpr int64_t kWorkPerThread = 1 << 17;
 
 int useful_threads(const Steps& steps, int threads) {
-  const int64_t rows = steps.offsets && steps.T ? steps.offsets[steps.T - 1] + steps.batch_sizes[steps.T - 1]
-                                                : steps.T * steps.B;
+  const int64_t rows =
+      steps.offsets && steps.T ? steps.offsets[steps.T - 1] + steps.batch_sizes[steps.T - 1] : steps.T * steps.B;
   const double work = static_cast<double>(rows) * steps.H * steps.H;
   const int64_t useful = static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, steps.B, useful})));
@@ -108,10 +110,7 @@ void recurrence(const Forward& job, const Weights& w, Dtype dtype, Nonlinearity 
   const Buffer packed = allocate(kernels.packed_bytes(job.steps.H));
   const Factor factor{w.data, w.column_stride, w.row_stride, job.steps.H};  // h_{t-1} W': summed over W's columns
   run(
-      kernels,
-      job.steps,
-      threads,
-      [&](int64_t p0, int64_t p1) { kernels.pack(factor, p0, p1, packed.get()); },
+      kernels, job.steps, threads, [&](int64_t p0, int64_t p1) { kernels.pack(factor, p0, p1, packed.get()); },
       [&](int64_t b0, int64_t b1, void* scratch) {
         kernels.forward[nonlinearity](job, packed.get(), b0, b1, scratch);
       });
@@ -123,9 +122,7 @@ void recurrence_backward(Backward job, const Weights& w, Dtype dtype, Nonlineari
   const Factor factor{w.data, w.row_stride, w.column_stride, job.steps.H};  // delta W: summed over W's rows
   std::atomic<bool> finite{true};
   run(
-      kernels,
-      job.steps,
-      threads,
+      kernels, job.steps, threads,
       [&](int64_t p0, int64_t p1) {
         if (!kernels.pack(factor, p0, p1, packed.get())) finite = false;
       },

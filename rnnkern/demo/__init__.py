@@ -35,8 +35,7 @@ def run(options: Options, out: Path, machine: str) -> None:
     runs = _train_both(console, digits, options)
     with console.status("comparing the recorded norms with a float64 loop over cells"):
         deviation = measure.deviation([sample for run in runs for sample in (run.first, run.last)])
-    with console.status("timing a training step"):
-        times = measure.step_times(runs[0].first)
+    times = measure.step_times(runs[0].first)  # no spinner: its thread would be timed too
     picture.write(runs, out)
     console.print(_outcome(runs))
     console.print(_times(times, options))
@@ -73,10 +72,10 @@ def _outcome(runs: Sequence[Run]) -> Table:
         column.justify = "right"
     last = runs[0].last.step
     table.add_row("test accuracy", *(f"{run.accuracies[-1]:.1%}" for run in runs))
-    table.add_row("horizon, first training step", *(f"{run.first.horizon} of {T - 1} steps" for run in runs))
+    table.add_row("horizon, training step 0", *(f"{run.first.horizon} of {T - 1} steps" for run in runs))
     table.add_row(f"horizon, training step {last}", *(f"{run.last.horizon} of {T - 1} steps" for run in runs))
     table.add_row(f"horizon {T - 1} from training step", *(_or_never(run.reaches_all) for run in runs))
-    table.add_row("decay per step, first training step", *(f"{run.first.decay:.2f}" for run in runs))
+    table.add_row("decay per step, training step 0", *(f"{run.first.decay:.2f}" for run in runs))
     table.add_row(f"decay per step, training step {last}", *(f"{run.last.decay:.2f}" for run in runs))
     return table
 

@@ -34,7 +34,10 @@ def write(runs: Sequence[Run], path: Path) -> None:
 
 def _draw_flow(axes: Axes, runs: Sequence[Run]) -> None:
     for run, colour in zip(runs, COLOURS):
-        for sample, style, when in ((run.first, "-", "first step"), (run.last, "--", f"step {run.last.step}")):
+        for sample, style, when in (
+            (run.first, "-", "training step 0"),
+            (run.last, "--", f"training step {run.last.step}"),
+        ):
             norms = np.where(sample.norms > 0, sample.norms, np.nan)  # an exact 0 has no logarithm
             axes.plot(norms, style, color=colour, linewidth=2, label=f"{run.name} init, {when}")
         _mark_horizon(axes, run.first, colour)
@@ -65,7 +68,7 @@ def _draw_accuracy(axes: Axes, runs: Sequence[Run]) -> None:
         beside, offset, anchor = (max, 5, "bottom") if run is best else (min, -5, "top")
         axes.annotate(
             f"{run.name} init: {run.accuracies[-1]:.1%}",
-            (epochs, beside(run.accuracies[epochs // 3 :])),
+            (epochs, beside(run.accuracies[epochs // 2 :])),
             (0, offset),
             textcoords="offset points",
             color=colour,
