@@ -1,5 +1,6 @@
 # make demo       train the digits demo and write its picture (OUT=docs/demo.png)
 # make test       run the tests (ARGS="-k packed" goes to pytest)
+# make bench-cpu  rnnkern.RNN against torch.nn.RNN; the table goes to TABLE (build/bench-cpu.txt)
 # make lint       ruff, mypy, clang-format: check only
 # make format     let ruff and clang-format write
 # make asan       the tests under AddressSanitizer; make ubsan: under UndefinedBehaviorSanitizer
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 OUT ?= docs/demo.png
+TABLE ?= build/bench-cpu.txt
 ARGS ?=
 
 RUN := .venv/bin/python
@@ -19,7 +21,7 @@ CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 # Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo test lint format asan ubsan clean distclean
+.PHONY: demo test bench-cpu lint format asan ubsan clean distclean
 .NOTPARALLEL:
 
 demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
@@ -28,6 +30,9 @@ demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
 
 test: .venv/.stamp-test $(LIBRARY) .venv/.stamp-install
 	$(RUN) -m pytest $(ARGS)
+
+bench-cpu: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
+	OMP_PROC_BIND=true $(RUN) -m pytest benchmarks/bench_cpu.py --benchmark-quiet --table $(TABLE) $(ARGS)
 
 lint: .venv/.stamp-lint
 	ruff format --check .

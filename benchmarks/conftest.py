@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,9 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    bound = os.environ.get("OMP_PROC_BIND", "not set")
     return (
-        f"{model}, {torch.get_num_threads()} threads, kernels for {torch.ops.rnnkern.cpu_isa()}; "
+        f"{model}, {torch.get_num_threads()} threads (OMP_PROC_BIND {bound}), kernels for {torch.ops.rnnkern.cpu_isa()}\n"
         f"rnnkern {rnnkern.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
 

@@ -5,8 +5,11 @@ The C++ bindings check the same (csrc/checks.h); these serve the reference and t
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from rnnkern.reference import NONLINEARITIES
 
@@ -74,10 +77,10 @@ def _check_batch(name: str, rows: Tensor, B: int, batch_sizes: Tensor | None) ->
             "batch_sizes must be a 1-D int64 tensor on the CPU, got "
             f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         )
-    if type(batch_sizes).__name__ == "FakeTensor":
+    if isinstance(batch_sizes, FakeTensor):
         return  # its values are not known while a graph is traced
     sizes = batch_sizes.tolist()
-    if any(n <= 0 for n in sizes) or any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if any(n <= 0 for n in sizes) or any(a < b for a, b in pairwise(sizes)):
         raise RuntimeError(f"batch_sizes must be positive and non-increasing, got {sizes}")
     if sum(sizes) != rows.shape[0]:
         raise RuntimeError(f"batch_sizes must add up to {name}.size(0) = {rows.shape[0]}, got a sum of {sum(sizes)}")

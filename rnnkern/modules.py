@@ -41,7 +41,8 @@ class RNN(nn.RNNBase):
     Raises:
         ValueError, TypeError: from the constructor, as torch.nn.RNN.
         ValueError: input that is not 2-D or 3-D, or whose dtype is not that of the weights.
-        RuntimeError: sizes of ``input`` or ``hx`` that do not fit, an empty sequence, another dtype or device of ``hx``.
+        RuntimeError: sizes of ``input`` or ``hx`` that do not fit, an empty sequence, ``hx`` of another dtype, or
+            tensors on different devices.
     """
 
     #: set by rnnkern.watch for as long as it watches

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import threads
+from torch.optim import optimizer as torch_optimizer
 
 import rnnkern
 from rnnkern.backends import BACKENDS, Backend
+from rnnkern.gradflow import recorder
 
 REQUIRED = set(filter(None, os.environ.get("RNNKERN_REQUIRE", "").split(",")))
 
@@ -51,3 +53,12 @@ def device(backend: Backend) -> str:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_stays() -> Iterator[None]:
+    """Every test ends without an open Flow and without the hook on all optimizers."""
+    with threads(1):  # small models: more threads only wait for one another
+        yield
+    assert not recorder._open
+    assert recorder._optimizer_stepped not in torch_optimizer._global_optimizer_post_hooks.values()

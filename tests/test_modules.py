@@ -285,3 +285,36 @@ def test_cell(backend: Backend, device: str, nonlinearity: str, bias: bool, batc
         results.append([output, *(v.grad for v in leaves), *(p.grad for p in module.parameters())])
     for i, values in enumerate(zip(*results, strict=True)):
         assert_as_good(str(i), *values)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_single_step(nonlinearity: str, bidirectional: bool) -> None:
+    """One step is left to PyTorch's own operators, unless a backend is named; both give what nn.RNN gives."""
+    ours, theirs = twins("cpu", num_layers=2, nonlinearity=nonlinearity, bidirectional=bidirectional)
+    x, hx = torch.randn(1, B, I), torch.randn(4 if bidirectional else 2, B, H)
+
+    def answers(module: nn.Module) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_(), hx.clone().requires_grad_()]
+        output, h_n = module(*inputs)
+        assert output.untyped_storage().data_ptr() != h_n.untyped_storage().data_ptr()
+        return [
+            output,
+            h_n,
+            *torch.autograd.grad(output.sin().sum() + h_n.cos().sum(), [*inputs, *module.parameters()]),
+        ]
+
+    expected, found = answers(theirs), answers(ours)
+    with rnnkern.use_backend("reference"):
+        named = answers(ours)
+    for a, b, c in zip(expected, found, named, strict=True):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(c, a)
+    with rnnkern.watch(ours) as flow:
+        answers_of_watched = ours(x, hx)[0]
+        answers_of_watched.sum().backward()
+        record = flow.read()
+    assert record is not None
+    assert record.norm.shape == (2, 2 if bidirectional else 1, 1)
+    with pytest.raises(RuntimeError, match=r"w_hh must have shape"):
+        rnnkern.autograd.recurrence(torch.zeros(1, 2, 3), torch.zeros(2, 3), torch.zeros(3, 4))

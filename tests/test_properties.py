@@ -99,6 +99,6 @@ def test_tanh(
     size = {"T": n[0], "B": len(n)} if dense else {"lengths": n}
     options = dict(reverse=reverse, with_grad_hn=with_grad_hn, clip=clip, device=device)
     problems = [
-        make_problem(**size, H=H, dtype=dtype, seed=seed + i, **options) for i in range(2 + 512 // (len(n) * H + 32))
+        make_problem(**size, H=H, dtype=dtype, seed=seed + i, **options) for i in range(2 + 256 // (len(n) * H + 32))
     ]
     check(problems[0], answers(backend, problems[0]), yardsticks=problems)

@@ -32,7 +32,7 @@ def _checked(name: str) -> str:
     return name
 
 
-_chosen: str = _checked(os.environ.get("RNNKERN_BACKEND", "auto"))
+_chosen: str = os.environ.get("RNNKERN_BACKEND") or "auto"  # checked when used, so that a bad name can be reported
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def select(z: Tensor) -> Backend:
     """The backend for a recurrence over ``z`` (.., H)."""
     device, dtype, hidden_size = z.device.type, z.dtype, z.shape[-1]
     if _chosen != "auto":
-        backend = BACKENDS[_chosen]
+        backend = BACKENDS[_checked(_chosen)]
         reason = backend.refuses(device, dtype, hidden_size)
         if reason is not None:
             raise RuntimeError(f"backend {_chosen!r} was asked for but cannot serve this call: {reason}")
