@@ -35,8 +35,9 @@ def machine() -> str:
         platform.processor(),
     )
     bound = os.environ.get("OMP_PROC_BIND", "not set")
+    isa = torch.ops.rnnkern.cpu_isa()
     return (
-        f"{model}, {torch.get_num_threads()} threads (OMP_PROC_BIND {bound}), kernels for {torch.ops.rnnkern.cpu_isa()}\n"
+        f"{model}, {torch.get_num_threads()} threads (OMP_PROC_BIND {bound}), kernels for {isa}\n"
         f"rnnkern {rnnkern.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
 
