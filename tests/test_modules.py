@@ -72,7 +72,9 @@ def compare(ours: nn.Module, theirs: nn.Module, x: Any, hx: Tensor | None, devic
     dtype = next(theirs.parameters()).dtype
     exact = copy.deepcopy(theirs).double()
     results = [train_once(m, x, hx, d, device) for m, d in ((ours, dtype), (theirs, dtype), (exact, torch.float64))]
-    assert_as_good(*results)
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert_as_good(name, value, results[1][name], results[2][name])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
@@ -160,7 +162,7 @@ def test_dropout_follows_the_seed(backend: Backend, device: str, kind: str, bidi
         torch.manual_seed(3)
         output = module(x.double() if module.weight_ih_l0.dtype == torch.float64 else x)[0]
         results.append(output.data if kind == "packed" else output)
-    assert_as_good(*({"output": output} for output in results))
+    assert_as_good("output", *results)
     ours.eval(), theirs.eval()
     compare(ours, theirs, random_input(kind), None, device)
 
@@ -257,8 +259,8 @@ def test_autocast(backend: Backend, device: str, with_hx: bool, kind: str) -> No
     assert results[0]["output"].dtype == results[0]["h_n"].dtype == torch.bfloat16
     for name, value in results[0].items():
         assert value.dtype == results[1][name].dtype, name
-    # Judged in the dtype of the computation: the gradients of float32 leaves are float32 numbers all the same.
-    assert_as_good(*({name: value.bfloat16() for name, value in r.items()} for r in results), exact)
+        # Judged in the dtype of the computation: the gradients of float32 leaves are float32 numbers all the same.
+        assert_as_good(name, *(r[name].bfloat16() for r in results), exact[name])
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -280,9 +282,9 @@ def test_cell(backend: Backend, device: str, nonlinearity: str, bias: bool, batc
         leaves = [v.to(dtype).detach().requires_grad_() for v in (x, hx) if v is not None]
         output = module(*leaves)
         output.square().sum().backward()
-        answers = [output, *(v.grad for v in leaves), *(p.grad for p in module.parameters())]
-        results.append({str(i): answer for i, answer in enumerate(answers)})
-    assert_as_good(*results)
+        results.append([output, *(v.grad for v in leaves), *(p.grad for p in module.parameters())])
+    for i, values in enumerate(zip(*results, strict=True)):
+        assert_as_good(str(i), *values)
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
