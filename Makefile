@@ -1,6 +1,8 @@
 # make demo       train the digits demo and write its picture (OUT=docs/demo.png)
 # make test       run the tests (ARGS="-k packed" goes to pytest)
 # make bench-cpu  rnnkern.RNN against torch.nn.RNN; the table goes to TABLE (build/bench-cpu.txt)
+# make gpu-test   the tests of the GPU backends on the GPU that is here
+# make gpu-bench  rnnkern.RNN against torch.nn.RNN on it; the results go to RESULTS (build/bench-gpu.json)
 # make lint       ruff, mypy, clang-format: check only
 # make format     let ruff and clang-format write
 # make asan       the tests under AddressSanitizer; make ubsan: under UndefinedBehaviorSanitizer
@@ -12,6 +14,7 @@
 PYTHON ?= python3
 OUT ?= docs/demo.png
 TABLE ?= build/bench-cpu.txt
+RESULTS ?= build/bench-gpu.json
 ARGS ?=
 
 RUN := .venv/bin/python
@@ -21,7 +24,7 @@ CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 # Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo test bench-cpu lint format asan ubsan clean distclean
+.PHONY: demo test bench-cpu gpu gpu-test gpu-bench lint format asan ubsan clean distclean
 .NOTPARALLEL:
 
 demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
@@ -33,6 +36,15 @@ test: .venv/.stamp-test $(LIBRARY) .venv/.stamp-install
 
 bench-cpu: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
 	OMP_PROC_BIND=true $(RUN) -m pytest benchmarks/bench_cpu.py --benchmark-quiet --table $(TABLE) $(ARGS)
+
+gpu: .venv/.stamp-test .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
+	@$(RUN) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU here'"
+
+gpu-test: gpu
+	RNNKERN_REQUIRE=triton $(RUN) -m pytest -k "triton or cuda" $(ARGS)
+
+gpu-bench: gpu
+	$(RUN) benchmarks/bench_gpu.py --out $(RESULTS) $(ARGS)
 
 lint: .venv/.stamp-lint
 	ruff format --check .

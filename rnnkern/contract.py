@@ -48,6 +48,14 @@ def check_recurrence_backward(
         raise RuntimeError(f"clip must be positive (inf for none), got {clip}")
 
 
+def check_writable(name: str, value: Tensor) -> None:
+    """Raise RuntimeError where two elements of a tensor to be written could lie at the same address."""
+    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
+        raise RuntimeError(
+            f"{name} must have an address of its own for every element to be written, got an expanded tensor"
+        )
+
+
 def _check_chain(
     name: str, rows: Tensor, h0: Tensor, w_hh: Tensor, batch_sizes: Tensor | None, nonlinearity: str
 ) -> None:

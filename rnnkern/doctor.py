@@ -11,6 +11,7 @@ import torch
 
 import rnnkern
 from rnnkern import backends, extension
+from rnnkern.backends import triton
 
 #: What is right for a float32 chain of 24 steps: plain PyTorch is at 1e-7 to 1e-6, a wrong kernel at 1e-2 or more.
 TOLERANCE = 1e-5
@@ -28,6 +29,8 @@ def run() -> int:
     for name, reason in backends.available().items():
         works[name], message = (False, f"does not run here: {reason}") if reason else _check(name)
         print(f"  {name:<17}{message}")
+    for line in _triton_choices():
+        print(line)
     print("\nwhat a call gets")
     healthy = True
     for device in _devices():
@@ -87,6 +90,18 @@ def _instruction_set() -> str:
         return f"{torch.ops.rnnkern.cpu_isa()} (this processor can: {available})"
     except RuntimeError as error:
         return f"{_first_line(error)} (this processor can: {available})"
+
+
+def _triton_choices() -> list[str]:
+    """What the Triton backend's ladder chooses on the GPU that is here."""
+    if not torch.cuda.is_available() or backends.BACKENDS["triton"].unavailable() is not None:
+        return []
+    device = torch.device("cuda", torch.cuda.current_device())
+    lines = ["", "Triton kernels for this GPU, by hidden size (docs/triton-kernels.md says where they have run)"]
+    for dtype in (torch.float32, torch.bfloat16):
+        precision = triton.precision(dtype) if dtype == torch.float32 else "tensor cores"
+        lines.append(f"  {str(dtype)[6:]:<17}{triton.choices(dtype, device)} ({precision})")
+    return lines
 
 
 def _devices() -> list[str]:

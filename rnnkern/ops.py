@@ -1,6 +1,7 @@
 """The operators: their fake implementations for tracing, and the one call into a backend.
 
 Schemas stand in csrc/ops.cpp; ``rnnkern::recurrence`` and its backwards dispatch on the device of their tensors.
+``rnnkern::triton_recurrence`` and its backwards are the same for the Triton backend.
 """
 
 from __future__ import annotations
@@ -72,31 +73,37 @@ def recurrence_backward_stats(
     )
 
 
-if extension.unavailable() is None:
+def _fake_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
+    contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("rnnkern::recurrence")
-    def _(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
-        contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
-        return torch.empty_like(z, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("rnnkern::recurrence_")
-    def _(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
-        contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+def _fake_recurrence_(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
+    contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
 
-    @torch.library.register_fake("rnnkern::recurrence_backward")
-    def _(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip):  # type: ignore[no-untyped-def]
-        contract.check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
-        return (
-            torch.empty_like(h, memory_format=torch.contiguous_format),
-            torch.empty_like(h0, memory_format=torch.contiguous_format),
-        )
 
-    @torch.library.register_fake("rnnkern::recurrence_backward_stats")
-    def _(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip):  # type: ignore[no-untyped-def]
-        contract.check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
-        steps = h.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-        return (
-            torch.empty_like(h, memory_format=torch.contiguous_format),
-            torch.empty_like(h0, memory_format=torch.contiguous_format),
-            h.new_empty((3, steps, h0.shape[0]), dtype=torch.float64),
-        )
+def _fake_backward(  # type: ignore[no-untyped-def]
+    grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
+):
+    contract.check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
+    return (
+        torch.empty_like(h, memory_format=torch.contiguous_format),
+        torch.empty_like(h0, memory_format=torch.contiguous_format),
+    )
+
+
+def _fake_backward_stats(grad_h, grad_hn, h, h0, w_hh, batch_sizes, *rest):  # type: ignore[no-untyped-def]
+    steps = h.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    stats = h.new_empty((3, steps, h0.shape[0]), dtype=torch.float64)
+    return (*_fake_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, *rest), stats)
+
+
+#: Of the operators that the C++ library registers, and of those that backends/triton.py registers.
+for _prefix in ["triton_", *([""] if extension.unavailable() is None else [])]:
+    for _name, _fake in (
+        ("recurrence", _fake_recurrence),
+        ("recurrence_", _fake_recurrence_),
+        ("recurrence_backward", _fake_backward),
+        ("recurrence_backward_stats", _fake_backward_stats),
+    ):
+        torch.library.register_fake(f"rnnkern::{_prefix}{_name}")(_fake)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+import triton_interpreter
 from helpers import threads
 from torch.optim import optimizer as torch_optimizer
 
 import rnnkern
 from rnnkern.backends import BACKENDS, Backend
+from rnnkern.backends.triton import interprets
 from rnnkern.gradflow import recorder
 
 REQUIRED = set(filter(None, os.environ.get("RNNKERN_REQUIRE", "").split(",")))
@@ -21,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = REQUIRED - set(BACKENDS)
     if unknown:
         raise pytest.UsageError(f"RNNKERN_REQUIRE names {sorted(unknown)}, which are not among {list(BACKENDS)}")
+    # What is said of float32 is said of float32. TF32, which PyTorch allows RNNs by default, has its own tests.
+    torch.backends.cudnn.allow_tf32 = False
+    if interprets() and BACKENDS["triton"].unavailable() is None:
+        triton_interpreter.round_to_nearest()
 
 
 def need(name: str) -> None:
@@ -34,8 +45,25 @@ def need(name: str) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend in turn, chosen for the modules too."""
     need(request.param)
-    with rnnkern.use_backend(request.param), threads(1 if request.param == "reference" else torch.get_num_threads()):
-        yield BACKENDS[request.param]
+    backend = BACKENDS[request.param]
+    if request.node.get_closest_marker("float64"):
+        reason = backend.refuses(device_of(backend), torch.float64, 64)
+        if reason is not None:
+            pytest.skip(reason)
+    few = threads(1 if request.param == "reference" else torch.get_num_threads())
+    unspoken = "device" not in request.fixturenames  # then what the test makes is made where the backend computes
+    with rnnkern.use_backend(request.param), few, on(device_of(backend) if unspoken else "cpu"):
+        yield backend
+
+
+def on(device: str) -> AbstractContextManager[object]:
+    """Tensors and modules for which no device is named are made there."""
+    return nullcontext() if device == "cpu" else torch.device(device)
+
+
+def device_of(backend: Backend) -> str:
+    """Where the backend computes."""
+    return "cpu" if backend.refuses("cpu", torch.float32, 64) is None else "cuda"
 
 
 @pytest.fixture
@@ -47,7 +75,7 @@ def cpu_library() -> None:
 @pytest.fixture
 def device(backend: Backend) -> str:
     """Where the backend computes."""
-    return "cpu" if backend.refuses("cpu", torch.float32, 64) is None else "cuda"
+    return device_of(backend)
 
 
 @pytest.fixture(autouse=True)

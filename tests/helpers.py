@@ -100,14 +100,14 @@ def make_problem(
     device: str = "cpu",
 ) -> Problem:
     """Random values for (T, B, H), or packed for ``lengths`` (non-increasing); ``gain`` is W_hh's spectral radius."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu").manual_seed(seed)
     batch_sizes, shape = None, (T, B, H)
     if lengths is not None:
-        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])])
+        batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(lengths[0])], device="cpu")
         B, shape = len(lengths), (sum(lengths), H)
 
     def random(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, generator=rng, dtype=torch.float64)).to(device, dtype)
+        return (scale * torch.randn(size, generator=rng, dtype=torch.float64, device="cpu")).to(device, dtype)
 
     z, h0, w_hh = random(*shape, scale=0.7), random(B, H, scale=0.5), random(H, H, scale=gain * max(H, 1) ** -0.5)
     grad_h, grad_hn = random(*shape), random(B, H) if with_grad_hn else None
@@ -139,7 +139,7 @@ def _plain_states(p: Problem, seen: list[tuple[int, Tensor, Tensor]] | None = No
 @threads(1)
 def plain(p: Problem) -> Answers:
     """Plain PyTorch: a loop in p's own dtype, its backward by autograd, the statistics by hooks on h_t."""
-    stats = torch.zeros(3, len(p.sizes), p.h0.shape[0], dtype=torch.float64)
+    stats = torch.zeros(3, len(p.sizes), p.h0.shape[0], dtype=torch.float64, device="cpu")
 
     def record(kind: int, t: int, value: Tensor) -> None:
         stats[kind, t, : value.shape[0]] = value.double().square().sum(-1)
@@ -201,7 +201,8 @@ def _long_double(p: Problem) -> Answers:
 
 def step_of_row(p: Problem) -> Tensor:
     """For each row of z, flattened to (N, H): its step."""
-    return torch.arange(len(p.sizes)).repeat_interleave(torch.tensor(p.sizes, dtype=torch.int64))
+    sizes = torch.tensor(p.sizes, dtype=torch.int64, device="cpu")
+    return torch.arange(len(p.sizes), device="cpu").repeat_interleave(sizes)
 
 
 def ulps(x: Tensor, true: Tensor, dtype: torch.dtype, step: Tensor | None = None, floor: float = 0.0) -> float:
@@ -219,8 +220,8 @@ def ulps(x: Tensor, true: Tensor, dtype: torch.dtype, step: Tensor | None = None
     finite = x.isfinite() & true.isfinite()
     error = torch.where(finite, (x - true).abs(), 0.0).amax(1)
     scale = torch.where(true.isfinite(), true.abs(), 0.0).amax(1)
-    step = torch.zeros(len(x), dtype=torch.int64) if step is None else step
-    per_step = torch.zeros(2, int(step.max()) + 1, dtype=torch.float64)
+    step = torch.zeros(len(x), dtype=torch.int64, device="cpu") if step is None else step
+    per_step = torch.zeros(2, int(step.max()) + 1, dtype=torch.float64, device="cpu")
     error, scale = per_step.scatter_reduce(1, step.expand(2, -1), torch.stack([error, scale]), "amax")
     return (error / (info.eps * scale).clamp(min=floor)).max().item()
 
@@ -247,7 +248,7 @@ def _errors(p: Problem, a: Answers, true: Answers) -> list[float]:
         ulps(a.h, true.h, dtype, step_of_row(p)),
         ulps(a.delta, true.delta, dtype, step_of_row(p)),
         ulps(a.grad_h0, true.grad_h0, dtype),
-        ulps(norms, true_norms, dtype, torch.arange(norms[..., 0].numel()), smallest_norm),
+        ulps(norms, true_norms, dtype, torch.arange(norms[..., 0].numel(), device="cpu"), smallest_norm),
     ]
 
 
@@ -256,6 +257,7 @@ def check(p: Problem, ours: Answers, yardsticks: Sequence[Problem] = ()) -> None
     is lucky at one of its steps is no reason for a kernel to fail there. Where a problem has so few numbers that plain
     PyTorch may be lucky with all of them, ``yardsticks`` are more problems of its size for it to err on."""
     plains, true, dtype = plain(p), truth(p), p.z.dtype
+    ours, plains = (Answers(*(x.cpu() for x in answers)) for answers in (ours, plains))
     assert [x.dtype for x in ours] == [dtype, dtype, dtype, torch.float64]
     for name, x, y, v in zip(Answers._fields, ours, plains, true, strict=True):
         # Statistics are sums from before the rounding to float16: they may be right where plain PyTorch has overflown.

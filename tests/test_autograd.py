@@ -45,6 +45,7 @@ def new_tap(p: Problem) -> Tensor:
     return torch.zeros(3, len(p.sizes), len(p.h0), dtype=torch.float64, device=p.z.device, requires_grad=True)
 
 
+@pytest.mark.float64
 @shapes
 @directions
 @nonlinearities
@@ -53,6 +54,7 @@ def test_gradcheck(backend: Backend, device: str, shape: str, reverse: bool, non
     assert gradcheck(function_of(p), leaves(p), check_forward_ad=True, check_undefined_grad=True)
 
 
+@pytest.mark.float64
 @shapes
 @directions
 @nonlinearities
@@ -61,6 +63,7 @@ def test_gradgradcheck(backend: Backend, device: str, shape: str, reverse: bool,
     assert gradgradcheck(function_of(p), leaves(p))
 
 
+@pytest.mark.float64
 def test_gradcheck_module(backend: Backend, device: str) -> None:
     module = rnnkern.RNN(2, 3, 2, bidirectional=True, dtype=torch.float64, device=device)
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -74,6 +77,7 @@ def test_gradcheck_module(backend: Backend, device: str) -> None:
     assert gradgradcheck(call, (x, hx, *module.parameters()), fast_mode=True)
 
 
+@pytest.mark.float64
 @shapes
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_only_what_is_wanted(backend: Backend, device: str, shape: str, wanted: tuple[bool, ...]) -> None:
@@ -91,6 +95,7 @@ def test_only_what_is_wanted(backend: Backend, device: str, shape: str, wanted: 
         assert same_bits([x.grad], [grad]) if w else x.grad is None
 
 
+@pytest.mark.float64
 @shapes
 @pytest.mark.parametrize("of", ["h", "h_n"])
 def test_gradient_of_one_output(backend: Backend, device: str, shape: str, of: str) -> None:
@@ -103,6 +108,7 @@ def test_gradient_of_one_output(backend: Backend, device: str, shape: str, of: s
     torch.testing.assert_close(got, torch.autograd.grad([h, h_n], inputs, zeros))
 
 
+@pytest.mark.float64
 @shapes
 @directions
 def test_tap_receives_the_statistics(backend: Backend, device: str, shape: str, reverse: bool) -> None:
@@ -127,6 +133,7 @@ def test_tap_receives_the_statistics(backend: Backend, device: str, shape: str, 
     assert same_bits([with_others, *grads], [stats, *without])
 
 
+@pytest.mark.float64
 def test_tap_alone(backend: Backend, device: str) -> None:
     """Frozen weights and input: the tap makes the backward pass run all the same."""
     p = float64_problem("dense", device)
@@ -136,6 +143,7 @@ def test_tap_alone(backend: Backend, device: str) -> None:
     assert tap.grad is not None and tap.grad[0].all()
 
 
+@pytest.mark.float64
 def test_tap_with_clip(backend: Backend, device: str) -> None:
     """Statistics are those before the clip, and the clip acts on the gradients."""
     p = float64_problem("dense", device, clip=0.3)
@@ -145,6 +153,7 @@ def test_tap_with_clip(backend: Backend, device: str) -> None:
     assert same_bits([z.grad, h0.grad, tap.grad], [*expected, stats])
 
 
+@pytest.mark.float64
 @nonlinearities
 def test_create_graph_gives_the_same_gradient(backend: Backend, device: str, nonlinearity: str) -> None:
     """The differentiable backward agrees with the kernel's, also for a penalty on the gradient, and with nn.RNN."""
@@ -164,6 +173,7 @@ def test_create_graph_gives_the_same_gradient(backend: Backend, device: str, non
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.float64
 def test_inputs_stay_and_backward_twice_is_refused(backend: Backend, device: str) -> None:
     p = float64_problem("dense", device)
     inputs = leaves(p)
@@ -179,6 +189,7 @@ def test_inputs_stay_and_backward_twice_is_refused(backend: Backend, device: str
         h.sum().backward()
 
 
+@pytest.mark.float64
 def test_z_is_consumed_only_without_gradients(backend: Backend, device: str) -> None:
     p = float64_problem("dense", device)
     z = p.z.clone()
@@ -217,6 +228,7 @@ def small_module(device: str) -> tuple[rnnkern.RNN, dict[str, Tensor], Tensor]:
     return module, weights, torch.randn(4, 5, 2, dtype=torch.float64, device=device)
 
 
+@pytest.mark.float64
 def test_func_grad(backend: Backend, device: str) -> None:
     module, weights, x = small_module(device)
 
@@ -229,6 +241,7 @@ def test_func_grad(backend: Backend, device: str) -> None:
         torch.testing.assert_close(grads[name], p.grad)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])
 def test_jacobians(backend: Backend, device: str, jacobian: Callable[..., Any]) -> None:
     module, _, x = small_module(device)
@@ -238,6 +251,7 @@ def test_jacobians(backend: Backend, device: str, jacobian: Callable[..., Any]) 
     torch.testing.assert_close(jacobian(lambda x: module(x)[0])(x), expected)
 
 
+@pytest.mark.float64
 def test_hessian(backend: Backend, device: str) -> None:
     p = float64_problem("dense", device)
 
@@ -248,6 +262,7 @@ def test_hessian(backend: Backend, device: str) -> None:
     torch.testing.assert_close(torch.func.hessian(loss)(p.w_hh), expected)
 
 
+@pytest.mark.float64
 def test_jvp(backend: Backend, device: str) -> None:
     module, _, x = small_module(device)
     tangent = torch.randn_like(x)
@@ -256,6 +271,7 @@ def test_jvp(backend: Backend, device: str) -> None:
     torch.testing.assert_close(got, torch.einsum("tbhsci,sci->tbh", jacobian, tangent))
 
 
+@pytest.mark.float64
 def test_gradients_per_sample(backend: Backend, device: str) -> None:
     module, weights, x = small_module(device)
 
@@ -269,6 +285,7 @@ def test_gradients_per_sample(backend: Backend, device: str) -> None:
             torch.testing.assert_close(grad[b], alone[name])
 
 
+@pytest.mark.float64
 def test_ensemble(backend: Backend, device: str) -> None:
     modules = [rnnkern.RNN(2, 3, 2, dtype=torch.float64, device=device) for _ in range(4)]
     weights, buffers = torch.func.stack_module_state(modules)
@@ -308,6 +325,7 @@ def train(call: Callable[..., Any], module: nn.Module, x: Tensor, hx: Tensor) ->
     return [output, h_n, x.grad, hx.grad, *(p.grad for p in module.parameters())]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile(backend: Backend, device: str, compiler: str) -> None:
     """One graph, forward and backward, with the numbers of eager mode; other lengths and batches too."""

@@ -263,7 +263,7 @@ def test_module_weights_elsewhere(backend: Backend, device: str) -> None:
 
 
 def test_module_packed_with_wrong_sizes(backend: Backend, device: str) -> None:
-    packed = PackedSequence(torch.zeros(6, 3, device=device), torch.tensor([2, 2, 1]))
+    packed = PackedSequence(torch.zeros(6, 3, device=device), torch.tensor([2, 2, 1], device="cpu"))
     with pytest.raises(RuntimeError, match=r"batch_sizes must add up to z.size\(0\) = 6, got .*5"):
         rnnkern.RNN(3, 5).to(device)(packed)
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("nothing_stays")
 # The norms
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("gain", [0.5, 0.9, 1.0, 1.25])
 def test_orthogonal_chain(gain: float, nonlinearity: str, backend: object) -> None:

@@ -34,7 +34,7 @@ def twins(device: str, dtype: torch.dtype = torch.float32, seed: int = 0, **opti
 def random_input(kind: str, seed: int = 1) -> Any:
     torch.manual_seed(seed)
     x = torch.randn(T, B, I)
-    lengths = torch.tensor([6, 3, 3, 1])
+    lengths = torch.tensor([6, 3, 3, 1], device="cpu")
     return {
         "padded": x,
         "one": x[:1, :1],

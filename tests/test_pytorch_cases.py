@@ -63,6 +63,7 @@ def run(module: nn.Module, case: Any, dtype: torch.dtype) -> list[Tensor]:
     return [*outputs, *grads]
 
 
+@pytest.mark.float64
 @infos
 @modes
 @dtypes
@@ -83,6 +84,7 @@ def test_forward_and_backward(backend: Backend, info: ModuleInfo, training: bool
     assert not [e for e in errors if e[0] > 2 * max(by_plain) + 1], max(by_plain)
 
 
+@pytest.mark.float64
 @infos
 @modes
 def test_reference_function(backend: Backend, info: ModuleInfo, training: bool) -> None:
@@ -95,6 +97,7 @@ def test_reference_function(backend: Backend, info: ModuleInfo, training: bool) 
             torch.testing.assert_close(ours(*args, **kwargs), case.reference_fn(ours, *args, **kwargs))
 
 
+@pytest.mark.float64
 @infos
 @modes
 def test_strided_inputs(backend: Backend, info: ModuleInfo, training: bool) -> None:

@@ -111,6 +111,7 @@ def test_changed_weights_are_used(backend: Backend, device: str, change: str) ->
     assert same_function(copy.deepcopy(module), module.state_dict())
 
 
+@pytest.mark.float64
 def test_from_meta(backend: Backend, device: str) -> None:
     module = rnnkern.RNN(I, H, 2, device="meta").to_empty(device=device)
     module.reset_parameters()
