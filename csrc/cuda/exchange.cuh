@@ -1,0 +1,191 @@
+// How the state of a step gets from the warps that compute it to those that multiply it, one way per regime.
+//
+// A state (8 NT rows x the group's units) is stored chunk by chunk as product.cuh reads it: chunk c of the tile nt lies at
+// (c NT + nt) x 512 bytes. States are counted from 0 over all tiles of a group; step after step, every block sends its
+// units of state n, and receives what it needs of it before it sends any of state n + 1. So who has received all of
+// state n knows that everybody has received all of state n - 1.
+//
+// Shared memory (kLocal): two buffers in turn, one barrier per state.
+//
+// Global memory (kGrid): a ring of kRingSlots states that begins as all ones. The data is its own flag: a word that is
+// still all ones has not been written, as no state holds that NaN. Accesses are relaxed at gpu scope, word by word; nothing
+// else has to be ordered, but for one thing: a slot must be all ones again before it is used anew. The thread that wrote
+// it resets it half a ring later, when every reader is long done, and the reset must be seen before the slot's next turn,
+// again half a ring later. Every kFenceEvery states the writer fences after its resets and a reader before its reads:
+// resets in 8k .. 8k+7 -> writer's fence -> data of state 8k+8 -> reader's fence -> its first look at state 8k+16.
+//
+// Global memory, one launch per step (kStep): two buffers in turn.
+//
+// Every wait ends after a.patience nanoseconds: the block tells the host where it stood and leaves. The others then wait
+// in vain for what it would have sent, and leave in the same way.
+#pragma once
+
+#include "cuda/chain.h"
+#include "cuda/product.cuh"
+
+namespace rnnkern::cuda {
+
+constexpr int kFenceEvery = 8;
+static_assert(kRingSlots == 4 * kFenceEvery);
+
+template <class P, Regime R, int NT>
+struct Exchange {
+  const Chain& a;
+  const int warp, lane, group;
+  char* const shared;  // kLocal: the two states;  else: two chunks per warp, where the product needs s in shared memory
+  char* ring;          // kGrid, kStep: this group's, or this tile's
+  const int state_bytes;
+  int sent = 0;  // states
+  int turn = 0;  // of a warp's two chunks
+
+  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int, int warp_, int lane_, char* shared_memory)
+      : a(chain),
+        warp(warp_),
+        lane(lane_),
+        group(group_),
+        shared(shared_memory),
+        ring(chain.ring),
+        state_bytes(chain.chunks * NT * kTileBytes) {}
+
+  // n: the state's number.
+  RNNKERN_INLINE char* slot(int n) const {
+    if constexpr (R == kLocal) return shared + (n & 1) * state_bytes;
+    if constexpr (R == kStep) return ring + (n & 1) * state_bytes;
+    return ring + n % kRingSlots * static_cast<int64_t>(state_bytes);
+  }
+  // Where four units of a row lie in a state; `place` is the row's.
+  static RNNKERN_INLINE int offset_of(int unit, int nt, int place) {
+    const int byte = unit * static_cast<int>(sizeof(typename P::Storage));
+    return (byte / kChunkBytes * NT + nt) * kTileBytes + place * kChunkBytes + byte % kChunkBytes;
+  }
+
+  RNNKERN_INLINE void begin() {
+    if constexpr (R == kGrid) ring += static_cast<int64_t>(group) * kRingSlots * state_bytes;
+  }
+  RNNKERN_INLINE void begin_tile(int tile) {
+    if constexpr (R == kStep) {
+      ring = a.ring + static_cast<int64_t>(tile) * 2 * state_bytes;
+      sent = a.sent;
+    }
+  }
+
+  // ---- Sending --------------------------------------------------------------------------------------------------------
+
+  // Units at or beyond the last chunk are padding that nobody reads.
+  RNNKERN_INLINE bool read_by_someone(int unit) const {
+    return unit * static_cast<int>(sizeof(typename P::Storage)) < a.chunks * kChunkBytes;
+  }
+  RNNKERN_INLINE void send(int unit, int nt, int place, const typename P::Quad& quad) {
+    if (!read_by_someone(unit)) return;
+    char* const to = slot(sent) + offset_of(unit, nt, place);
+    if constexpr (R == kGrid) {
+      ptx::store_relaxed(to, quad);
+    } else {
+      *reinterpret_cast<typename P::Quad*>(to) = quad;
+    }
+  }
+  // After all items of a state have been sent.
+  RNNKERN_INLINE void published() {
+    ++sent;
+    if constexpr (R == kLocal) ptx::sync_block();
+  }
+  // Resets one item of the state half a ring ago; all of the block must have received the latest.
+  RNNKERN_INLINE void reset(int unit, int nt, int place) {
+    if constexpr (R == kGrid) {
+      const int old = sent - 1 - kRingSlots / 2;
+      if (old < 0 || !read_by_someone(unit)) return;
+      typename P::Quad ones;
+      memset(&ones, 0xff, sizeof ones);
+      ptx::store_relaxed(slot(old) + offset_of(unit, nt, place), ones);
+    }
+  }
+  // After all items have been reset.
+  RNNKERN_INLINE void after_resets() {
+    if constexpr (R == kGrid) {
+      if ((sent - 1) % kFenceEvery == kFenceEvery - 1) ptx::fence_gpu();
+    }
+  }
+
+  // ---- Receiving ------------------------------------------------------------------------------------------------------
+
+  // A lane's part of N chunks.
+  template <int N>
+  struct Arrival {
+    uint4 v[N];
+  };
+
+  static RNNKERN_INLINE bool missing(uint4 v) { return max(max(v.x, v.y), max(v.z, v.w)) == 0xffffffffu; }
+
+  // Chunks first .. first + count (at most N, the others are zeros) of the latest state. False if they never came.
+  template <int N>
+  RNNKERN_INLINE bool receive(Arrival<N>& arrival, int nt, int first, int count) {
+    const char* const from = slot(sent - 1) + (first * NT + nt) * kTileBytes + place_of_row(lane >> 2) * kChunkBytes +
+                             16 * (lane & 3);
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      arrival.v[c] = uint4{0, 0, 0, 0};
+      const char* const chunk = from + c * NT * kTileBytes;
+      if (c < count) {
+        if constexpr (R == kGrid) {
+          arrival.v[c] = ptx::load_relaxed(chunk);
+        } else if constexpr (!P::kStateInShared || R == kStep) {
+          arrival.v[c] = *reinterpret_cast<const uint4*>(chunk);
+        }
+      }
+    }
+    if constexpr (R == kGrid) {
+#pragma unroll
+      for (int c = 0; c < N; ++c) {
+        if (!ptx::any(missing(arrival.v[c]))) continue;
+        if (!wait(arrival.v[c], from + c * NT * kTileBytes)) return false;
+      }
+    }
+    return true;
+  }
+
+  // Until the chunk is there.
+  RNNKERN_INLINE bool wait(uint4& v, const char* chunk) const {
+    const long long deadline = ptx::nanoseconds() + a.patience;
+    while (true) {
+#pragma unroll 1
+      for (int look = 0; look < 64; ++look) {
+        v = ptx::load_relaxed(chunk);
+        if (!ptx::any(missing(v))) return true;
+      }
+      if (ptx::any(ptx::nanoseconds() >= deadline)) return false;
+    }
+  }
+
+  // Before the first receive of a state.
+  RNNKERN_INLINE void before_receive() {
+    if constexpr (R == kGrid) {
+      if ((sent - 1) % kFenceEvery == 0) ptx::fence_gpu();
+    }
+  }
+
+  // What the product needs of chunk c: the lane's vector, or the chunk's address in shared memory.
+  template <int N>
+  RNNKERN_INLINE auto operand(const Arrival<N>& arrival, int c, int nt, int first) {
+    if constexpr (!P::kStateInShared) {
+      return arrival.v[c];
+    } else if constexpr (R == kLocal) {
+      return static_cast<const char*>(slot(sent - 1) + ((first + c) * NT + nt) * kTileBytes);
+    } else {
+      char* const chunk = shared + (2 * warp + turn) * kTileBytes;
+      turn ^= 1;
+      *reinterpret_cast<uint4*>(chunk + place_of_row(lane >> 2) * kChunkBytes + 16 * (lane & 3)) = arrival.v[c];
+      ptx::sync_warp();
+      return static_cast<const char*>(chunk);
+    }
+  }
+
+  RNNKERN_INLINE void give_up(int step) const {
+    if (lane == 0) {
+      ptx::tell_host(a.error, static_cast<unsigned long long>(R + 1) << 56 |
+                                  static_cast<unsigned long long>(ptx::block() & 0xffffff) << 32 |
+                                  static_cast<unsigned long long>(step));
+    }
+  }
+};
+
+}  // namespace rnnkern::cuda

@@ -1,0 +1,217 @@
+#include "cuda/launch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <stdexcept>
+
+#include "cuda/kernels.h"
+#include "cuda/pack.cuh"
+
+namespace rnnkern::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // what is not sticky must not surface in somebody else's call
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
+}
+
+const KernelTable& table_of(Kind kind) {
+  switch (kind) {
+    case kBFloat16:
+      return kBFloat16Kernels;
+    case kFloat16:
+      return kFloat16Kernels;
+    case kTensorFloat32:
+      return kTensorFloat32Kernels;
+    case kFloat32:
+      return kFloat32Kernels;
+    default:
+      return kFloat64Kernels;
+  }
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+Device facts_of(int device) {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static std::once_flag asked[kDevices];
+  if (device >= kDevices) throw std::runtime_error("more than 64 devices");
+  std::call_once(asked[device], [&] {
+    known[device] = {
+        attribute(cudaDevAttrMultiProcessorCount, device),
+        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        attribute(cudaDevAttrCooperativeLaunch, device) != 0,
+    };
+  });
+  return known[device];
+}
+
+Kernel kernel_of(const Job& job, const Plan& plan) {
+  const KernelTable& table = table_of(job.kind);
+  const Kernel kernel = job.backward ? table.backward(plan) : table.forward(plan);
+  if (kernel == nullptr) throw std::runtime_error("no kernel for this dtype in the regime " + name_of(plan.regime));
+  return kernel;
+}
+
+void allow_shared_memory(Kernel kernel, const Plan& plan) {
+  if (plan.shared_bytes <= 48 * 1024) return;
+  check(
+      cudaFuncSetAttribute(
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+      "shared memory for a block");
+}
+
+// A word of host memory that kernels write when a wait has run out: (regime + 1) << 56 | block << 32 | step.
+std::atomic<unsigned long long*> failure_word{nullptr};
+
+unsigned long long* failure_word_on_device() {
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  if (failure_word == nullptr) {
+    // Allowed while a graph is captured: this memory lives as long as the process.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    void* word = nullptr;
+    const cudaError_t error = cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped | cudaHostAllocPortable);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check(error, "a word of host memory");
+    *static_cast<unsigned long long*>(word) = 0;
+    failure_word = static_cast<unsigned long long*>(word);
+  }
+  return failure_word;  // the same address on every device: unified addressing
+}
+
+int64_t patience() {
+  const char* const seconds = std::getenv("RNNKERN_CUDA_PATIENCE");
+  return static_cast<int64_t>((seconds ? std::atof(seconds) : 10.0) * 1e9);
+}
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+int slabs_of(const Plan& plan) { return plan.members * plan.slabs_per_block; }
+
+}  // namespace
+
+std::string earlier_failure() {
+  unsigned long long* const word = failure_word;
+  if (word == nullptr) return "";
+  const unsigned long long failure = *static_cast<volatile unsigned long long*>(word);
+  if (failure == 0) return "";
+  *static_cast<volatile unsigned long long*>(word) = 0;
+  return "an earlier rnnkern kernel gave up: in the regime '" + name_of(static_cast<Regime>((failure >> 56) - 1)) +
+         "', block " + std::to_string(failure >> 32 & 0xffffff) + " waited in vain for the state of step " +
+         std::to_string(failure & 0xffffffff) +
+         "; its results are not valid (is the GPU shared with other work that keeps blocks from running?)";
+}
+
+Plan plan_for(const Job& job, int device, int asked) {
+  const Device facts = facts_of(device);
+  Plan plan = make_plan(facts, job.kind, job.chain.B, job.chain.H, job.backward, asked);
+  if (plan.regime != kGrid) return plan;
+  // Waiting for blocks that cannot run is a deadlock: ask how many can, under MPS or on a part of a GPU fewer.
+  const Kernel kernel = kernel_of(job, plan);
+  allow_shared_memory(kernel, plan);
+  int per_multiprocessor = 0;
+  check(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &per_multiprocessor, reinterpret_cast<const void*>(kernel), plan.threads(), plan.shared_bytes),
+      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  if (per_multiprocessor * facts.multiprocessors >= plan.blocks()) return plan;
+  return make_plan(facts, job.kind, job.chain.B, job.chain.H, job.backward, kStep);
+}
+
+Workspace workspace_of(const Job& job, const Plan& plan) {
+  const Chain& chain = job.chain;
+  const size_t state_bytes = static_cast<size_t>(plan.chunks) * plan.NT * kTileBytes;
+  Workspace space{};
+  size_t ring_states = 0;
+  if (plan.regime == kGrid) {
+    const int64_t states = static_cast<int64_t>((plan.tiles + plan.groups - 1) / plan.groups) * chain.T;
+    // Short chains never come round.
+    ring_states = static_cast<size_t>(plan.groups - 1) * kRingSlots + std::min<int64_t>(states, kRingSlots);
+  } else if (plan.regime == kStep) {
+    ring_states = static_cast<size_t>(plan.tiles) * 2;
+  }
+  space.ring_bytes = ring_states * state_bytes;
+  space.weights = 0;
+  space.ring = aligned(static_cast<size_t>(slabs_of(plan)) * plan.chunks * kPackedBytes);
+  space.partials = space.ring + aligned(space.ring_bytes);
+  space.offsets = space.partials +
+                  (job.stats ? aligned(static_cast<size_t>(chain.T) * slabs_of(plan) * 3 * chain.B * sizeof(double)) : 0);
+  space.total = space.offsets + (job.offsets ? aligned(job.offsets->size() * sizeof(int64_t)) : 0);
+  return space;
+}
+
+void launch(const Job& job, const Plan& plan, char* workspace, int device, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  const Workspace space = workspace_of(job, plan);
+  const Kernel kernel = kernel_of(job, plan);
+  allow_shared_memory(kernel, plan);
+  (void)device;
+
+  Chain chain = job.chain;
+  chain.weights = workspace + space.weights;
+  chain.ring = workspace + space.ring;
+  chain.partials = job.stats ? reinterpret_cast<double*>(workspace + space.partials) : nullptr;
+  chain.error = failure_word_on_device();
+  chain.patience = patience();
+  chain.members = plan.members;
+  chain.groups = plan.groups;
+  chain.tiles = plan.tiles;
+  chain.slabs_per_block = plan.slabs_per_block;
+  chain.k_parts = plan.k_parts;
+  chain.chunks = plan.chunks;
+  chain.chunks_per_warp = plan.chunks_per_warp;
+  if (job.offsets) {
+    chain.offsets = reinterpret_cast<int64_t*>(workspace + space.offsets);
+    bring_offsets(
+        reinterpret_cast<int64_t*>(workspace + space.offsets), job.offsets->data(),
+        static_cast<int64_t>(job.offsets->size()), stream);
+  }
+  table_of(job.kind).pack(
+      workspace + space.weights, job.w_hh, job.backward, chain.H, slabs_of(plan), plan.chunks, stream);
+
+  const dim3 blocks(plan.blocks()), threads(plan.threads());
+  void* arguments[] = {&chain};
+  const auto function = reinterpret_cast<const void*>(kernel);
+  const auto one_launch = [&] {
+    check(cudaLaunchKernel(function, blocks, threads, arguments, plan.shared_bytes, stream), "a kernel launch");
+  };
+  const int steps = job.backward ? chain.T + 1 : chain.T;
+  chain.first_step = 0;
+  chain.last_step = steps;
+  chain.sends_initial = !job.backward;
+  if (plan.regime == kGrid) {
+    check(cudaMemsetAsync(chain.ring, 0xff, space.ring_bytes, stream), "cudaMemsetAsync");
+    check(
+        cudaLaunchCooperativeKernel(function, blocks, threads, arguments, plan.shared_bytes, stream),
+        "a cooperative kernel launch");
+  } else if (plan.regime == kStep) {
+    if (!job.backward) {  // h0 alone
+      chain.last_step = 0;
+      one_launch();
+      chain.sends_initial = false;
+      chain.sent = 1;
+    }
+    for (int step = 0; step < steps; ++step) {
+      chain.first_step = step;
+      chain.last_step = step + 1;
+      one_launch();
+      ++chain.sent;
+    }
+  } else {
+    one_launch();
+  }
+  if (job.stats) add_statistics(job.stats, chain.partials, chain.T, slabs_of(plan), chain.B, stream);
+  check(cudaGetLastError(), "a kernel launch");
+}
+
+}  // namespace rnnkern::cuda

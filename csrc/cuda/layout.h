@@ -1,0 +1,53 @@
+// Sizes that host and device share: tiles, and where a block's shared memory goes.
+#pragma once
+
+#include "cuda/plan.h"
+
+#ifdef __CUDACC__
+#define RNNKERN_BOTH __host__ __device__
+#else
+#define RNNKERN_BOTH
+#endif
+
+namespace rnnkern::cuda {
+
+constexpr int kSlab = 32;                        // units of a slab
+constexpr int kRows = 8;                         // batch rows of a tile
+constexpr int kChunkBytes = 64;                  // of one row of the state
+constexpr int kTileBytes = kRows * kChunkBytes;  // a chunk of 8 rows of the state: one 16-byte load of a warp
+constexpr int kPackedBytes = 4 * kTileBytes;     // a chunk of a slab of W: four loads of a warp
+
+// Byte offsets into a block's shared memory.
+struct Layout {
+  int staged;   // inputs: kStages x inputs x items x threads, of four units
+  int reduced;  // unless one warp sums over all k: 2 x warps x items x lanes, of four sums
+  int state;    // kLocal, kCluster: two states;  else two chunks per warp, where the product needs them there
+  int weights;  // warps x chunks beyond the registers
+  int total;
+};
+
+RNNKERN_BOTH constexpr Layout make_layout(
+    Regime regime, int slabs_per_block, int k_parts, int chunks, int chunks_per_warp, int KC, int NT, int value_bytes,
+    bool double_sums, bool state_in_shared, bool backward) {
+  const int warps = slabs_per_block * k_parts;
+  const int items = (2 * NT + k_parts - 1) / k_parts;
+  const bool through_memory = regime == kGrid || regime == kStep;
+  const int beyond = chunks_per_warp > KC && regime != kStep ? chunks_per_warp - KC : 0;
+  Layout layout{};
+  layout.staged = 0;
+  layout.reduced = layout.staged + kStages * (backward ? 2 : 1) * items * warps * 32 * 4 * value_bytes;
+  layout.state = layout.reduced + (k_parts > 1 || regime != kLocal ? 2 * warps * 2 * NT * 32 * 4 * (double_sums ? 8 : 4) : 0);
+  layout.weights = layout.state + (!through_memory ? 2 * chunks * NT * kTileBytes
+                                   : state_in_shared ? warps * 2 * kTileBytes
+                                                     : 0);
+  layout.total = layout.weights + warps * beyond * kPackedBytes;
+  return layout;
+}
+
+inline Layout layout_of(const Plan& p, Kind kind, bool backward) {
+  return make_layout(
+      p.regime, p.slabs_per_block, p.k_parts, p.chunks, p.chunks_per_warp, p.KC, p.NT, bytes_of(kind),
+      kind == kFloat64, !tensor_cores(kind), backward);
+}
+
+}  // namespace rnnkern::cuda

@@ -1,0 +1,117 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+
+#include "cuda/layout.h"
+
+namespace rnnkern::cuda {
+namespace {
+
+constexpr int kWarps = 8;  // of a block: the registers of a multiprocessor, 255 for each thread
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The instances that are compiled (instances.cuh).
+int registers_for(int chunks_per_warp) { return chunks_per_warp <= 2 ? 2 : chunks_per_warp <= 4 ? 4 : 8; }
+
+bool fits(Plan& plan, const Device& device, Kind kind, bool backward) {
+  plan.shared_bytes = layout_of(plan, kind, backward).total;
+  return plan.shared_bytes <= device.shared_bytes;
+}
+
+// One block holds W; blocks share nothing, so there may be more of them than multiprocessors.
+std::optional<Plan> local_plan(const Device& device, Kind kind, int B, int H, bool backward) {
+  Plan plan{};
+  plan.regime = kLocal;
+  plan.slabs_per_block = ceil_div(H, kSlab);
+  if (plan.slabs_per_block > kWarps) return {};
+  plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
+  plan.k_parts = 1;
+  // Tensor cores are fast enough for the k of a whole row, if it fits into the registers.
+  const int enough = tensor_cores(kind) ? 8 : 1;
+  while (ceil_div(plan.chunks, plan.k_parts) > enough && 2 * plan.k_parts * plan.slabs_per_block <= kWarps) {
+    plan.k_parts *= 2;
+  }
+  plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
+  plan.KC = registers_for(plan.chunks_per_warp);
+  plan.members = 1;
+  plan.NT = ceil_div(B, kRows) > device.multiprocessors ? 2 : 1;
+  if (plan.NT == 2 && !fits(plan, device, kind, backward)) plan.NT = 1;
+  plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
+  if (!fits(plan, device, kind, backward)) return {};
+  return plan;
+}
+
+// Each block holds one slab, k divided among its warps; as many groups as can run at once.
+std::optional<Plan> grid_plan(const Device& device, Kind kind, int B, int H, bool backward) {
+  if (!device.cooperative) return {};
+  Plan plan{};
+  plan.regime = kGrid;
+  plan.slabs_per_block = 1;
+  plan.members = ceil_div(H, kSlab);
+  if (plan.members > device.multiprocessors) return {};
+  plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
+  plan.k_parts = std::min(kWarps, plan.chunks);
+  plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
+  plan.KC = registers_for(plan.chunks_per_warp);
+  const int tiles = ceil_div(B, kRows);
+  plan.groups = std::min(device.multiprocessors / plan.members, tiles);
+  const int per_group = ceil_div(tiles, plan.groups);
+  for (plan.NT = per_group > 2 ? 4 : per_group; plan.NT > 0; plan.NT /= 2) {
+    plan.tiles = ceil_div(B, kRows * plan.NT);
+    if (fits(plan, device, kind, backward)) return plan;
+  }
+  return {};
+}
+
+Plan step_plan(const Device& device, Kind kind, int B, int H, bool backward) {
+  Plan plan{};
+  plan.regime = kStep;
+  plan.slabs_per_block = 1;
+  plan.members = ceil_div(H, kSlab);
+  plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
+  plan.k_parts = std::min(kWarps, plan.chunks);
+  plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
+  plan.KC = 0;
+  plan.NT = B > kRows ? 4 : 1;
+  plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
+  if (!fits(plan, device, kind, backward)) throw std::runtime_error("a multiprocessor has too little shared memory");
+  return plan;
+}
+
+}  // namespace
+
+std::string name_of(Regime regime) {
+  switch (regime) {
+    case kLocal:
+      return "cta";
+    case kCluster:
+      return "cluster";
+    case kGrid:
+      return "grid";
+    default:
+      return "step";
+  }
+}
+
+Plan make_plan(const Device& device, Kind kind, int B, int H, bool backward, int asked) {
+  std::optional<Plan> plan;
+  if (kind != kFloat64 && (asked == -1 || asked == kLocal)) {
+    plan = local_plan(device, kind, B, H, backward);
+    // Without tensor cores W is better spread over more multiprocessors, while there are few rows.
+    const bool crowded = kind == kFloat32 && H > 128 && B <= 256;
+    if (plan && asked == -1 && crowded) plan.reset();
+  }
+  if (!plan && kind != kFloat64 && (asked == -1 || asked == kGrid)) plan = grid_plan(device, kind, B, H, backward);
+  if (!plan && (asked == -1 || asked == kStep)) plan = step_plan(device, kind, B, H, backward);
+  if (!plan) {
+    throw std::runtime_error(
+        "the regime '" + name_of(static_cast<Regime>(asked)) + "' cannot serve H = " + std::to_string(H) +
+        " in this dtype on this device");
+  }
+  return *plan;
+}
+
+}  // namespace rnnkern::cuda

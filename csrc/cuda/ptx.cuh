@@ -1,0 +1,129 @@
+// What only a GPU has: thread and block indices, barriers, shuffles, tensor cores, asynchronous copies, memory with an
+// order. The kernels reach the hardware through these functions alone, so that a host twin of this header can run them.
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define RNNKERN_INLINE __device__ __forceinline__
+
+namespace rnnkern::cuda::ptx {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+RNNKERN_INLINE int thread() { return static_cast<int>(threadIdx.x); }
+RNNKERN_INLINE int threads() { return static_cast<int>(blockDim.x); }
+RNNKERN_INLINE int block() { return static_cast<int>(blockIdx.x); }
+RNNKERN_INLINE void sync_block() { __syncthreads(); }
+RNNKERN_INLINE void sync_warp() { __syncwarp(); }
+RNNKERN_INLINE bool any(bool value) { return __any_sync(kFullWarp, value); }
+
+template <class T>
+RNNKERN_INLINE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(kFullWarp, value, mask);
+}
+
+RNNKERN_INLINE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// ---- Global memory that other blocks write while this kernel runs: relaxed accesses at gpu scope, past the L1. -------
+
+RNNKERN_INLINE uint4 load_relaxed(const void* global) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  return v;
+}
+
+RNNKERN_INLINE void store_relaxed(void* global, uint2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x),
+               "r"(v.y)
+               : "memory");
+}
+
+RNNKERN_INLINE void store_relaxed(void* global, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Orders this thread's earlier accesses before its later ones, for every thread of the GPU.
+RNNKERN_INLINE void fence_gpu() { __threadfence(); }
+
+// A word that the host sees.
+RNNKERN_INLINE void tell_host(unsigned long long* mapped, unsigned long long word) {
+  *static_cast<volatile unsigned long long*>(mapped) = word;
+  __threadfence_system();
+}
+
+RNNKERN_INLINE long long nanoseconds() {
+  long long time;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+  return time;
+}
+
+// ---- Copies from global to shared memory that this thread alone waits for. Where not `valid`, zeros are written. ------
+
+template <int kBytes>
+RNNKERN_INLINE void copy_async(void* shared, const void* global, bool valid) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  const int source_bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+                 : "memory");
+  }
+}
+
+RNNKERN_INLINE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of the latest groups are still on their way.
+template <int kPending>
+RNNKERN_INLINE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Tensor cores: c (16 x 8) += a (16 x k) b (k x 8), k = 16 for 16-bit values and 8 for TF32. ------------------------
+
+RNNKERN_INLINE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+RNNKERN_INLINE void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+RNNKERN_INLINE void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+RNNKERN_INLINE float round_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return __uint_as_float(bits);
+}
+
+RNNKERN_INLINE float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace rnnkern::cuda::ptx
