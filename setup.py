@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 except ImportError as error:
     raise SystemExit(
         "rnnkern is built against the torch that is already installed: "
@@ -107,6 +107,8 @@ class BuildLibraries(BuildExtension):
         library.parent.mkdir(parents=True, exist_ok=True)
         host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter,-g0"
         torch_includes = " ".join(f"-isystem {path}" for path in include_paths())
+        # Through libtorch.so, whatever it is built with, the loader finds that torch's CUDA part as well.
+        libraries = " ".join([*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10"])
         rules = [
             f"nvcc = {NVCC}",
             f"flags = -std=c++17 -O3 -I{ROOT / 'csrc'} {STABLE_ABI} -DUSE_CUDA -Xcompiler={host}",
@@ -116,7 +118,7 @@ class BuildLibraries(BuildExtension):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            "  command = $nvcc -shared $targets --cudart=static -o $out $in -Xcompiler=-fPIC",
+            f"  command = $nvcc -shared $targets --cudart=static -o $out $in -Xcompiler=-fPIC {libraries}",
         ]
         objects = []
         for source in CUDA_SOURCES:

@@ -51,10 +51,37 @@ Rows rows_of(const Walkable& walkable) {
   return {static_cast<char*>(walkable.memory.data_ptr()), walkable.time_stride, walkable.row_stride};
 }
 
-// Whether four units of a row are one vector, at every address that the kernels take.
-bool aligned(const Rows& rows, Kind kind) {
-  const int bytes = std::min(16, 4 * bytes_of(kind));
-  return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && rows.time_stride % 4 == 0 && rows.row_stride % 4 == 0;
+int64_t padded(int64_t H) { return (H + 3) / 4 * 4; }
+
+// The tensor with rows that the kernels can take as vectors of four units: a copy where H or an address is odd.
+Walkable in_quads(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1, H = tensor.size(last);
+  const int64_t bytes = std::min<int64_t>(16, 4 * tensor.element_size());
+  const auto fits = [&](const Walkable& w) {
+    return reinterpret_cast<uintptr_t>(w.memory.data_ptr()) % bytes == 0 && w.time_stride % 4 == 0 &&
+           w.row_stride % 4 == 0;
+  };
+  if (H % 4 != 0) return as_it_lies(torch::stable::pad(tensor, {0, padded(H) - H}));
+  const Walkable lies = walkable(tensor);
+  if (fits(lies)) return lies;
+  Tensor copy = new_like(tensor);
+  torch::stable::copy_(copy, tensor);
+  return as_it_lies(copy);
+}
+
+// An output in quads: `tensor` itself, or what has to be copied back into it.
+Walkable output_in_quads(const Tensor& tensor) {
+  Shape sizes = shape(tensor);
+  if (sizes.back() % 4 == 0) return as_it_lies(tensor);
+  sizes.back() = padded(sizes.back());
+  return as_it_lies(torch::stable::new_empty(tensor, sizes));
+}
+
+void bring_back(const Tensor& tensor, const Walkable& output) {
+  if (output.memory.data_ptr() == tensor.data_ptr()) return;
+  Tensor to = tensor, from = output.memory;
+  const int64_t last = tensor.dim() - 1;
+  torch::stable::copy_(to, torch::stable::narrow(from, last, 0, tensor.size(last)));
 }
 
 int narrowed(const char* name, int64_t size) {
@@ -78,7 +105,8 @@ void fill(
   Chain& chain = job.chain;
   chain.T = narrowed("T", sequence.T);
   chain.B = narrowed("B", sequence.B);
-  chain.H = narrowed("H", sequence.H);
+  chain.H = narrowed("H", padded(sequence.H));
+  job.hidden_size = static_cast<int>(sequence.H);
   chain.relu = nonlinearity == "relu";
   chain.backward_in_time = backward != reverse;
   if (!sequence.batch_sizes.empty()) {
@@ -107,13 +135,15 @@ void launch_forward(
   if (z.numel() == 0) return;
   Call call{};
   fill(call, z, w_hh, sequence, false, reverse, nonlinearity);
-  const Walkable z_rows = walkable(z), h0_rows = walkable(h0), h_rows = as_it_lies(h);
+  const Walkable z_rows = in_quads(z), h0_rows = in_quads(h0);
+  // In place, h goes where z lies, unless z had to be copied.
+  const Walkable h_rows = h.data_ptr() == z.data_ptr() ? z_rows : output_in_quads(h);
   Chain& chain = call.job.chain;
   chain.input = rows_of(z_rows);
   chain.initial = rows_of(h0_rows);
   chain.output = rows_of(h_rows);
-  chain.aligned = chain.H % 4 == 0 && aligned(chain.input, call.job.kind) && aligned(chain.output, call.job.kind);
   run(call.job, z);
+  bring_back(h, h_rows);
 }
 
 Tensor recurrence_op(
@@ -131,9 +161,7 @@ void recurrence_in_place_op(
   const Sequence sequence = check_recurrence("z", z, h0, w_hh, batch_sizes, nonlinearity);
   STD_TORCH_CHECK(
       !overlaps_itself(z), "z must have an address of its own for every element to be written, got an expanded tensor");
-  const Tensor h = walkable(z).memory;
-  launch_forward(h, h0, w_hh, sequence, reverse, nonlinearity, h);
-  if (h.data_ptr() != z.data_ptr()) torch::stable::copy_(z, h);
+  launch_forward(z, h0, w_hh, sequence, reverse, nonlinearity, z);
 }
 
 std::tuple<Tensor, Tensor> launch_backward(
@@ -154,9 +182,9 @@ std::tuple<Tensor, Tensor> launch_backward(
   }
   Call call{};
   fill(call, h, w_hh, sequence, true, reverse, nonlinearity);
-  const Walkable grad_h_rows = walkable(grad_h), h_rows = walkable(h);
-  const Walkable delta_rows = as_it_lies(delta), grad_h0_rows = as_it_lies(grad_h0);
-  const Walkable grad_hn_rows = grad_hn ? walkable(*grad_hn) : grad_h0_rows;
+  const Walkable grad_h_rows = in_quads(grad_h), h_rows = in_quads(h);
+  const Walkable delta_rows = output_in_quads(delta), grad_h0_rows = output_in_quads(grad_h0);
+  const Walkable grad_hn_rows = grad_hn ? in_quads(*grad_hn) : grad_h0_rows;
   Chain& chain = call.job.chain;
   chain.input = rows_of(grad_h_rows);
   chain.states = rows_of(h_rows);
@@ -164,12 +192,10 @@ std::tuple<Tensor, Tensor> launch_backward(
   chain.final_ = rows_of(grad_h0_rows);
   chain.initial = grad_hn ? rows_of(grad_hn_rows) : Rows{};
   chain.clip = clip;
-  chain.aligned = chain.H % 4 == 0;
-  for (const Rows& rows : {chain.input, chain.states, chain.output, chain.final_}) {
-    chain.aligned = chain.aligned && aligned(rows, call.job.kind);
-  }
   call.job.stats = stats ? static_cast<double*>(stats->data_ptr()) : nullptr;
   run(call.job, h);
+  bring_back(delta, delta_rows);
+  bring_back(grad_h0, grad_h0_rows);
   return {delta, grad_h0};
 }
 

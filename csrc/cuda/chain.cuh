@@ -23,29 +23,29 @@
 
 namespace rnnkern::cuda {
 
-template <class P>
-RNNKERN_INLINE void load_quad(typename P::Sum (&v)[4], const void* memory) {
-  const auto quad = *static_cast<const typename P::Quad*>(memory);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = P::load(reinterpret_cast<const typename P::Storage*>(&quad)[i]);
-}
-
 // The kernels are instances of this. KC: chunks of W that a warp keeps in registers, the others lie in shared memory.
 template <class P, Regime R, bool kBackward, int KC, int NT>
 struct ChainKernel {
   using Sum = typename P::Sum;
   using Storage = typename P::Storage;
   using Quad = typename P::Quad;
-  static constexpr int kItems = 2 * NT;  // of a lane's units, over all rows of the tile
   static constexpr int kInputs = kBackward ? 2 : 1;
-  static constexpr int kKept = R == kLocal ? NT : 1;  // tiles whose sums wait in registers
-  static constexpr int kBatch = 4;  // chunks of the state received at a time, beyond the registers
+  static constexpr int kSlabItems = 2 * NT;  // of a lane's units, over all rows of the tile
+  // k_parts where it is known: tensor cores do with one warp per slab; a grid spreads W as far as it can. Else 0.
+  static constexpr int kParts = R != kLocal ? 8 : P::kStateInShared ? 0 : 1;
+  static constexpr int kItems = kParts == 8 ? (kSlabItems + 7) / 8 : kSlabItems;  // at most, of a lane
+  static constexpr int kBatch = R == kStep ? 4 : 2;  // chunks received at a time, beyond those in registers
+
+  struct alignas(16) Values {
+    Sum v[4];
+  };
 
   const Chain& a;
   const Layout layout;
   char* const shared;
   const int lane, warp, g, q;
-  const int slab_in_block, k_part, slab, unit, group, member;
+  const int slab_in_block, k_part, slab, unit, group;
+  const bool inside;  // these units exist; those that do not are zeros everywhere, and stay it
   const int first_chunk, chunk_count;
   int products = 0;  // so far
   uint4 registers[KC > 0 ? KC : 1][2][2];
@@ -61,16 +61,20 @@ struct ChainKernel {
         g(lane >> 2),
         q(lane & 3),
         slab_in_block(warp % chain.slabs_per_block),
-        k_part(warp / chain.slabs_per_block),
+        k_part(kParts == 1 ? 0 : warp / chain.slabs_per_block),
         slab(ptx::block() % chain.members * chain.slabs_per_block + slab_in_block),
         unit(slab * kSlab + 4 * g),
         group(ptx::block() / chain.members),
-        member(ptx::block() % chain.members),
+        inside(unit < chain.H),
         first_chunk(k_part * chain.chunks_per_warp),
         chunk_count(max(0, min(chain.chunks_per_warp, chain.chunks - first_chunk))),
-        exchange(chain, group, member, warp, lane, shared_memory + layout.state) {}
+        exchange(chain, group, warp, lane, shared_memory + layout.state) {}
 
-  // ---- Rows and steps -----------------------------------------------------------------------------------------------
+  RNNKERN_INLINE int k_parts() const { return kParts > 0 ? kParts : a.k_parts; }
+  // Whether sums go through shared memory.
+  RNNKERN_INLINE bool divided() const { return R != kLocal || k_parts() > 1; }
+
+  // ---- Rows, steps and items ------------------------------------------------------------------------------------------
 
   RNNKERN_INLINE int time_of(int step) const { return a.backward_in_time ? a.T - 1 - step : step; }
   // Rows that a step has; none before the first and after the last.
@@ -88,31 +92,39 @@ struct ChainKernel {
   RNNKERN_INLINE Storage* at(const Rows& rows, int64_t start, int row) const {
     return reinterpret_cast<Storage*>(rows.data) + start + row * rows.row_stride + unit;
   }
-  // The row of the lane's item j.
-  RNNKERN_INLINE int row_of(int tile, int j) const { return (tile * NT + (j >> 1)) * kRows + 2 * q + (j & 1); }
 
-  // ---- Inputs -------------------------------------------------------------------------------------------------------
-
-  RNNKERN_INLINE Quad* staged(int step, int input, int i) const {
-    const int items = (kItems + a.k_parts - 1) / a.k_parts;
-    return reinterpret_cast<Quad*>(shared + layout.staged) +
-           ((step % kStages * kInputs + input) * items + i) * ptx::threads() + ptx::thread();
+  // The lane's i-th item is the j-th of its slab: tile j / 2, and there row 2q + j % 2.
+  RNNKERN_INLINE int slab_item(int i) const { return kParts == 1 ? i : k_part + i * k_parts(); }
+  RNNKERN_INLINE bool has_item(int i) const { return kParts == 1 || slab_item(i) < kSlabItems; }
+  RNNKERN_INLINE int row_of(int tile, int i) const {
+    const int j = slab_item(i);
+    return (tile * NT + (j >> 1)) * kRows + 2 * q + (j & 1);
   }
 
-  RNNKERN_INLINE void stage_quad(Quad* to, const Storage* from, bool valid) const {
-    if (a.aligned) {
-      if constexpr (sizeof(Quad) <= 16) {
-        ptx::copy_async<sizeof(Quad)>(to, from, valid && unit < a.H);
-      } else {
-        const bool whole = valid && unit < a.H;
-        ptx::copy_async<16>(to, from, whole);
-        ptx::copy_async<16>(reinterpret_cast<char*>(to) + 16, reinterpret_cast<const char*>(from) + 16, whole);
-      }
-    } else {
+  static RNNKERN_INLINE void unpack(Sum (&v)[4], const Quad& quad) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        reinterpret_cast<Storage*>(to)[i] = valid && unit + i < a.H ? from[i] : P::store(Sum(0));
-      }
+    for (int i = 0; i < 4; ++i) v[i] = P::load(reinterpret_cast<const Storage*>(&quad)[i]);
+  }
+  static RNNKERN_INLINE Quad rounded(const Sum (&v)[4]) {
+    Quad quad;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) reinterpret_cast<Storage*>(&quad)[i] = P::store(v[i]);
+    return quad;
+  }
+
+  // ---- Memory -------------------------------------------------------------------------------------------------------
+
+  RNNKERN_INLINE Quad* staged(int step, int input, int i) const {
+    return reinterpret_cast<Quad*>(shared + layout.staged) +
+           ((step % kStages * kInputs + input) * (kParts > 0 ? kItems : a.items) + i) * ptx::threads() + ptx::thread();
+  }
+
+  static RNNKERN_INLINE void stage_quad(Quad* to, const Storage* from, bool valid) {
+    if constexpr (sizeof(Quad) <= 16) {
+      ptx::copy_async<sizeof(Quad)>(to, from, valid);
+    } else {
+      ptx::copy_async<16>(to, from, valid);
+      ptx::copy_async<16>(reinterpret_cast<char*>(to) + 16, reinterpret_cast<const char*>(from) + 16, valid);
     }
   }
 
@@ -123,54 +135,39 @@ struct ChainKernel {
       const int64_t input = start_of(a.input, step), states = kBackward ? start_of(a.states, step) : 0;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const int j = k_part + i * a.k_parts;
-        if (j >= kItems) break;
-        const int row = row_of(tile, j);
-        const bool valid = row < rows;
-        const int safe_row = valid ? row : 0;  // an address inside the tensor, even where nothing is read
-        stage_quad(staged(step, 0, i), at(a.input, input, safe_row), valid);
-        if constexpr (kBackward) stage_quad(staged(step, 1, i), at(a.states, states, safe_row), valid);
+        if (!has_item(i)) break;
+        const int row = row_of(tile, i);
+        const bool valid = row < rows && inside;
+        // Where nothing is read, the address is that of the tensor's first element.
+        stage_quad(staged(step, 0, i), valid ? at(a.input, input, row) : at(a.input, -unit, 0), valid);
+        if constexpr (kBackward) {
+          stage_quad(staged(step, 1, i), valid ? at(a.states, states, row) : at(a.states, -unit, 0), valid);
+        }
       }
     }
     ptx::commit_copies();
   }
 
-  // Four units of a row of h0 or grad_hn.
+  // Four units of a row of h0 or grad_hn. Any NaN becomes the usual one: a word of ones means "not there yet".
   RNNKERN_INLINE void load_initial(Sum (&v)[4], int row) const {
-    const Storage* const from = at(a.initial, 0, row);
+    Quad quad;
+    memset(&quad, 0, sizeof quad);
+    if (a.initial.data && row < a.B && inside) quad = *reinterpret_cast<const Quad*>(at(a.initial, 0, row));
+    unpack(v, quad);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = a.initial.data && row < a.B && unit + i < a.H ? P::load(from[i]) : Sum(0);
-    }
+    for (int i = 0; i < 4; ++i) v[i] = v[i] == v[i] ? v[i] : Sum(NAN);
   }
 
-  RNNKERN_INLINE void store_quad(const Rows& rows, int64_t start, int row, const Quad& quad) const {
-    Storage* const to = at(rows, start, row);
-    if (a.aligned) {
-      if (unit < a.H) *reinterpret_cast<Quad*>(to) = quad;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (unit + i < a.H) to[i] = reinterpret_cast<const Storage*>(&quad)[i];
-      }
-    }
+  RNNKERN_INLINE void store(const Rows& rows, int64_t start, int row, const Quad& quad) const {
+    if (inside) *reinterpret_cast<Quad*>(at(rows, start, row)) = quad;
   }
 
-  static RNNKERN_INLINE Quad rounded(const Sum (&v)[4]) {
+  // The state as the next product reads it.
+  RNNKERN_INLINE void send(int i, const Sum (&v)[4]) {
     Quad quad;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) reinterpret_cast<Storage*>(&quad)[i] = P::store(v[i]);
-    return quad;
-  }
-
-  // The state as the next product reads it. Every NaN becomes the usual one: a word of ones means "not there yet".
-  RNNKERN_INLINE void send(int j, const Sum (&v)[4]) {
-    Quad quad;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Sum x = unit + i < a.H ? v[i] : Sum(0);
-      reinterpret_cast<Storage*>(&quad)[i] = P::store(P::operand(x == x ? x : Sum(NAN)));
-    }
+    for (int u = 0; u < 4; ++u) reinterpret_cast<Storage*>(&quad)[u] = P::store(P::operand(v[u]));
+    const int j = slab_item(i);
     exchange.send(unit, j >> 1, q + 4 * (j & 1), quad);
   }
 
@@ -204,15 +201,31 @@ struct ChainKernel {
     }
   }
 
-  // This warp's part of W s: in sum where it is the whole, else in shared memory. False if the state did not come in time.
-  RNNKERN_INLINE bool product(Sum (&sum)[kKept][2][4]) {
+  // Where the warps of a slab find the sums of one of its parts.
+  RNNKERN_INLINE Values* reduced(int part, int j) const {
+    const int buffer = products & 1;  // of two: a fast warp may be one product ahead of the others
+    return reinterpret_cast<Values*>(shared + layout.reduced) +
+           (((buffer * k_parts() + part) * a.slabs_per_block + slab_in_block) * kSlabItems + j) * 32 + lane;
+  }
+
+  // Item j's four units among a tile's sums.
+  static RNNKERN_INLINE Values pick(const Sum (&sum)[2][4], int j) {
+    return {{sum[0][j & 1], sum[0][2 + (j & 1)], sum[1][j & 1], sum[1][2 + (j & 1)]}};
+  }
+
+  // This warp's part of W s: in `items` where it is the whole, else in shared memory. Calls meanwhile() where there is
+  // time for it. False if the state did not come.
+  template <class Meanwhile>
+  RNNKERN_INLINE bool product(Values (&items)[kItems], const Meanwhile& meanwhile) {
     exchange.before_receive();
+    if (R != kLocal) meanwhile();
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
       typename P::Partial partial;
       if constexpr (KC > 0) {
         typename Exchange<P, R, NT>::template Arrival<KC> arrival;
         if (!exchange.template receive<KC>(arrival, nt, first_chunk, chunk_count)) return false;
+        if (R == kLocal && nt == 0) meanwhile();
 #pragma unroll
         for (int c = 0; c < KC; ++c) {
           if (P::kStateInShared && c >= chunk_count) continue;  // no such chunk; tensor cores multiply zeros by zeros
@@ -230,85 +243,87 @@ struct ChainKernel {
           P::add(partial, w, exchange.operand(arrival, i, nt, first_chunk + c));
         }
       }
-      P::finish(partial, sum[kKept == NT ? nt : 0]);
-      if (divided()) {
+      Sum sum[2][4];
+      P::finish(partial, sum);
 #pragma unroll
-        for (int j = 2 * nt; j < 2 * nt + 2; ++j) {
-          Sum* const to = reduced(k_part, j);
-#pragma unroll
-          for (int v = 0; v < 4; ++v) to[v] = sum[kKept == NT ? nt : 0][v >> 1][2 * (v & 1) + (j & 1)];
+      for (int j = 2 * nt; j < 2 * nt + 2; ++j) {
+        if (divided()) {
+          *reduced(k_part, j) = pick(sum, j);
+        } else if (kItems == kSlabItems) {
+          items[j % kItems] = pick(sum, j);
         }
       }
     }
     return true;
   }
 
-  // Whether sums go through shared memory.
-  RNNKERN_INLINE bool divided() const { return R != kLocal || a.k_parts > 1; }
-  // Where the warps of a slab find the sums of one of its parts.
-  RNNKERN_INLINE Sum* reduced(int part, int j) const {
-    const int buffer = products & 1;  // of two: a fast warp may be one step ahead of the others
-    return reinterpret_cast<Sum*>(shared + layout.reduced) +
-           ((((buffer * a.k_parts + part) * a.slabs_per_block + slab_in_block) * kItems + j) * 32 + lane) * 4;
+  // Adds the parts of the lane's items, in order.
+  RNNKERN_INLINE void add_parts(Values (&items)[kItems]) const {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!has_item(i)) break;
+      items[i] = *reduced(0, slab_item(i));
+#pragma unroll
+      for (int part = 1; part < (kParts > 0 ? kParts : 8); ++part) {
+        if (kParts == 0 && part >= k_parts()) break;
+        const Values more = *reduced(part, slab_item(i));
+#pragma unroll
+        for (int u = 0; u < 4; ++u) items[i].v[u] += more.v[u];
+      }
+    }
   }
 
   // ---- A step ---------------------------------------------------------------------------------------------------------
 
-  // The lane's i-th item, j-th of the slab, from the product's sums.
-  RNNKERN_INLINE void item(int step, int tile, int i, int j, const Sum (&sum)[4], int rows, int rows_before) {
-    const int row = row_of(tile, j);
-    const bool has = row < rows;
-    Sum out[4];
-    if constexpr (!kBackward) {
-      if (has) {
-        Sum z[4];
-        load_quad<P>(z, staged(step, 0, i));
+  struct Gradients {
+    Values total, r, delta;
+    bool has;
+  };
+
+  RNNKERN_INLINE void forward_item(int step, int i, int row, bool has, const Quad& input, const Values& sum) {
+    Sum h[4], z[4];
+    unpack(z, input);
 #pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const Sum x = z[v] + sum[v];
-          out[v] = a.relu ? Relu::f(x) : P::tanh(x);
-        }
-      } else {
-        load_initial(out, row);
-      }
-      if (step + 1 < a.T) send(j, out);
-      if (has) store_quad(a.output, start_of(a.output, step), row, rounded(out));
-    } else {
-      const bool had = row < rows_before;
-      Sum r[4], e[4] = {}, h[4] = {}, total[4];
-#pragma unroll
-      for (int v = 0; v < 4; ++v) r[v] = sum[v];
-      if (!had) load_initial(r, row);
-      if (has) {
-        load_quad<P>(e, staged(step, 0, i));
-        load_quad<P>(h, staged(step, 1, i));
-      }
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        total[v] = e[v] + r[v];
-        const Sum limit = a.clip, x = total[v];
-        const Sum clamped = x > limit ? limit : x < -limit ? -limit : x;  // NaN stays NaN
-        out[v] = a.relu ? Relu::times_derivative(clamped, h[v]) : Tanh::times_derivative(clamped, h[v]);
-        if (!has) out[v] = 0;
-      }
-      if (step < a.T) send(j, out);
-      if (has) store_quad(a.output, start_of(a.output, step), row, rounded(out));
-      if (had && !has) store_quad(a.final_, 0, row, rounded(r));
-      if (a.partials && step < a.T) statistics(step, row, has, total, r, out);
+    for (int u = 0; u < 4; ++u) {
+      const Sum x = z[u] + sum.v[u];
+      h[u] = a.relu ? Relu::f(x) : P::tanh(x);
     }
+    if (!has && a.offsets) load_initial(h, row);
+    if (step + 1 < a.T) send(i, h);
+    if (has) store(a.output, start_of(a.output, step), row, rounded(h));
+  }
+
+  RNNKERN_INLINE void backward_item(int step, int i, int row, bool has, bool had, const Quad (&inputs)[kInputs],
+                                    const Values& sum, Gradients& gradients) {
+    Sum e[4], h[4];
+    unpack(e, inputs[0]);
+    unpack(h, inputs[kInputs - 1]);
+    Sum(&r)[4] = gradients.r.v, (&delta)[4] = gradients.delta.v;
+    gradients.r = sum;
+    if (!had) load_initial(r, row);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const Sum x = gradients.total.v[u] = e[u] + r[u];
+      const Sum limit = a.clip;
+      const Sum clamped = x > limit ? limit : x < -limit ? -limit : x;  // NaN stays NaN
+      delta[u] = a.relu ? Relu::times_derivative(clamped, h[u]) : Tanh::times_derivative(clamped, h[u]);
+      if (!has) delta[u] = 0;
+    }
+    gradients.has = has;
+    if (step < a.T) send(i, delta);
+    if (has) store(a.output, start_of(a.output, step), row, rounded(delta));
+    if (had && !has) store(a.final_, 0, row, rounded(r));
   }
 
   // Sums of squares over the slab's units, in float64: the squares of small gradients leave float32's range.
-  RNNKERN_INLINE void statistics(int step, int row, bool has, const Sum (&total)[4], const Sum (&r)[4],
-                                 const Sum (&delta)[4]) const {
+  RNNKERN_INLINE void statistics(int step, int row, const Gradients& gradients) const {
     double squares[3] = {0, 0, 0};
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      if (unit + v < a.H) {
-        squares[0] = fma(double(total[v]), double(total[v]), squares[0]);
-        squares[1] = fma(double(r[v]), double(r[v]), squares[1]);
-        squares[2] = fma(double(delta[v]), double(delta[v]), squares[2]);
-      }
+    for (int u = 0; u < 4; ++u) {
+      const double total = gradients.total.v[u], r = gradients.r.v[u], delta = gradients.delta.v[u];
+      squares[0] = fma(total, total, squares[0]);
+      squares[1] = fma(r, r, squares[1]);
+      squares[2] = fma(delta, delta, squares[2]);
     }
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) {
@@ -318,66 +333,80 @@ struct ChainKernel {
     if (g < 3 && row < a.B) {  // lane (g, q) writes the g-th
       const int64_t slabs = a.members * a.slabs_per_block;
       double* const to = a.partials + ((time_of(step) * slabs + slab) * 3 + g) * a.B + row;
-      *to = has ? (g == 0 ? squares[0] : g == 1 ? squares[1] : squares[2]) : 0.0;
+      *to = gradients.has ? (g == 0 ? squares[0] : g == 1 ? squares[1] : squares[2]) : 0.0;
     }
   }
 
   RNNKERN_INLINE bool step(int step, int tile, bool multiply) {
-    Sum sum[kKept][2][4] = {};
+    const int rows = rows_of(step), rows_before = kBackward ? rows_of(step - 1) : 0;
+    ptx::wait_copies<kStages - 1>();
+    Quad inputs[kItems][kInputs];
+    if (step < a.T) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (!has_item(i)) break;
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k) inputs[i][k] = *staged(step, k, i);
+      }
+    }
+    const auto stage_later = [&] { stage(step + kStages, tile); };
+    Values sums[kItems] = {};
     if (multiply) {
-      if (!product(sum)) {
+      if (!product(sums, stage_later)) {
         exchange.give_up(step);
         return false;
       }
+      if (divided()) {
+        ptx::sync_block();
+        add_parts(sums);
+      }
       ++products;
-      if (divided()) ptx::sync_block();
+    } else {
+      stage_later();
+    }
+    Gradients gradients[kBackward ? kItems : 1];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!has_item(i)) break;
+      const int row = row_of(tile, i);
+      if constexpr (kBackward) {
+        backward_item(step, i, row, row < rows, row < rows_before, inputs[i], sums[i], gradients[i]);
+      } else {
+        forward_item(step, i, row, row < rows, inputs[i][0], sums[i]);
+      }
+    }
+    if (step + (kBackward ? 0 : 1) < a.T) exchange.published();
+    if (kBackward && a.partials && step < a.T) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const int j = k_part + i * a.k_parts;
-        if (j < kItems) exchange.reset(unit, j >> 1, q + 4 * (j & 1));
+        if (has_item(i)) statistics(step, row_of(tile, i), gradients[kBackward ? i : 0]);
+      }
+    }
+    if (multiply) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const int j = slab_item(i);
+        if (has_item(i)) exchange.reset(unit, j >> 1, q + 4 * (j & 1));
       }
       exchange.after_resets();
     }
-    ptx::wait_copies<kStages - 1>();
-    const int rows = rows_of(step), rows_before = rows_of(step - 1);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int j = k_part + i * a.k_parts;
-      if (j >= kItems) break;
-      Sum item_sum[4];
-#pragma unroll
-      for (int v = 0; v < 4; ++v) item_sum[v] = sum[kKept == NT ? i >> 1 : 0][v >> 1][2 * (v & 1) + (i & 1)];
-      if (multiply && divided()) {
-#pragma unroll
-        for (int v = 0; v < 4; ++v) item_sum[v] = 0;
-        for (int part = 0; part < a.k_parts; ++part) {
-          const Sum* const from = reduced(part, j);
-#pragma unroll
-          for (int v = 0; v < 4; ++v) item_sum[v] += from[v];
-        }
-      }
-      item(step, tile, i, j, item_sum, rows, rows_before);
-    }
-    if (step + (kBackward ? 0 : 1) < a.T) exchange.published();
     return true;
   }
 
   RNNKERN_INLINE bool walk(int tile) {
-    // The wait in step() lets the kStages - 1 latest groups fly: those of the steps after its own.
-    for (int s = a.first_step; s < a.first_step + kStages - 1; ++s) stage(s, tile);
+    // step() lets the kStages - 1 latest groups fly: those of the steps after its own.
+    for (int s = a.first_step; s < a.first_step + kStages; ++s) stage(s, tile);
     if (!kBackward && a.sends_initial) {  // the state before the first step
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const int j = k_part + i * a.k_parts;
-        if (j >= kItems) break;
+        if (!has_item(i)) break;
         Sum v[4];
-        load_initial(v, row_of(tile, j));
-        send(j, v);
+        load_initial(v, row_of(tile, i));
+        send(i, v);
       }
       exchange.published();
     }
     for (int s = a.first_step; s < a.last_step; ++s) {
-      stage(s + kStages - 1, tile);
       if (!step(s, tile, !kBackward || s > 0)) return false;
     }
     return true;

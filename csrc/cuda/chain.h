@@ -30,17 +30,18 @@ struct Chain {
   char* ring;              // kGrid: groups x kRingSlots states;  kStep: 2 x tiles states
   unsigned long long* error;  // a word of the host's: what ran out of patience, or 0
   int64_t patience;           // of a wait, in nanoseconds
-  int T, B, H;
+  int T, B, H;  // H is a multiple of 4 and every row begins at a multiple of 16 bytes, or of four units
   int first_step, last_step;  // [first, last) of T (backward: of T + 1) in processing order; all but in kStep
   bool sends_initial;         // forward: begins with h0, and not with a state that an earlier launch has sent
   int sent;                   // kStep: states sent by earlier launches
   bool backward_in_time;      // the first step in processing order is the last in time
-  bool relu, aligned;         // aligned: every access to four units of a row can be one vector
+  bool relu;
   float clip;
   // How the work is divided. A group of `members` blocks walks the chain for its rows; a block of
   // slabs_per_block x k_parts warps holds slabs_per_block slabs of W, each divided among k_parts warps by chunks of k.
   int members, groups, tiles;  // tiles: of 8 NT rows, dealt out to the groups
   int slabs_per_block, k_parts;
+  int items;  // of a lane, at most
   int chunks, chunks_per_warp;  // chunks of k in all, and of one warp
 };
 

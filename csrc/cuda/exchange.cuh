@@ -12,7 +12,7 @@
 // else has to be ordered, but for one thing: a slot must be all ones again before it is used anew. The thread that wrote
 // it resets it half a ring later, when every reader is long done, and the reset must be seen before the slot's next turn,
 // again half a ring later. Every kFenceEvery states the writer fences after its resets and a reader before its reads:
-// resets in 8k .. 8k+7 -> writer's fence -> data of state 8k+8 -> reader's fence -> its first look at state 8k+16.
+// resets while receiving 8k .. 8k+7 -> writer's fence -> data of state 8k+9 -> reader's fence -> its look at 8k+16.
 //
 // Global memory, one launch per step (kStep): two buffers in turn.
 //
@@ -26,7 +26,7 @@
 namespace rnnkern::cuda {
 
 constexpr int kFenceEvery = 8;
-static_assert(kRingSlots == 4 * kFenceEvery);
+static_assert(kRingSlots == 4 * kFenceEvery && (kRingSlots & (kRingSlots - 1)) == 0);
 
 template <class P, Regime R, int NT>
 struct Exchange {
@@ -35,10 +35,11 @@ struct Exchange {
   char* const shared;  // kLocal: the two states;  else: two chunks per warp, where the product needs s in shared memory
   char* ring;          // kGrid, kStep: this group's, or this tile's
   const int state_bytes;
-  int sent = 0;  // states
+  int sent = 0;      // states
+  int received = 0;  // the number of the latest state that the product has taken
   int turn = 0;  // of a warp's two chunks
 
-  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int, int warp_, int lane_, char* shared_memory)
+  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int warp_, int lane_, char* shared_memory)
       : a(chain),
         warp(warp_),
         lane(lane_),
@@ -51,7 +52,7 @@ struct Exchange {
   RNNKERN_INLINE char* slot(int n) const {
     if constexpr (R == kLocal) return shared + (n & 1) * state_bytes;
     if constexpr (R == kStep) return ring + (n & 1) * state_bytes;
-    return ring + n % kRingSlots * static_cast<int64_t>(state_bytes);
+    return ring + (n & (kRingSlots - 1)) * static_cast<int64_t>(state_bytes);
   }
   // Where four units of a row lie in a state; `place` is the row's.
   static RNNKERN_INLINE int offset_of(int unit, int nt, int place) {
@@ -89,10 +90,10 @@ struct Exchange {
     ++sent;
     if constexpr (R == kLocal) ptx::sync_block();
   }
-  // Resets one item of the state half a ring ago; all of the block must have received the latest.
+  // Resets one item of the state half a ring before the one that this block has just received.
   RNNKERN_INLINE void reset(int unit, int nt, int place) {
     if constexpr (R == kGrid) {
-      const int old = sent - 1 - kRingSlots / 2;
+      const int old = received - kRingSlots / 2;
       if (old < 0 || !read_by_someone(unit)) return;
       typename P::Quad ones;
       memset(&ones, 0xff, sizeof ones);
@@ -102,7 +103,7 @@ struct Exchange {
   // After all items have been reset.
   RNNKERN_INLINE void after_resets() {
     if constexpr (R == kGrid) {
-      if ((sent - 1) % kFenceEvery == kFenceEvery - 1) ptx::fence_gpu();
+      if (received % kFenceEvery == kFenceEvery - 1) ptx::fence_gpu();
     }
   }
 
@@ -119,7 +120,7 @@ struct Exchange {
   // Chunks first .. first + count (at most N, the others are zeros) of the latest state. False if they never came.
   template <int N>
   RNNKERN_INLINE bool receive(Arrival<N>& arrival, int nt, int first, int count) {
-    const char* const from = slot(sent - 1) + (first * NT + nt) * kTileBytes + place_of_row(lane >> 2) * kChunkBytes +
+    const char* const from = slot(received) + (first * NT + nt) * kTileBytes + place_of_row(lane >> 2) * kChunkBytes +
                              16 * (lane & 3);
 #pragma unroll
     for (int c = 0; c < N; ++c) {
@@ -156,10 +157,11 @@ struct Exchange {
     }
   }
 
-  // Before the first receive of a state.
+  // Before the first receive of the latest state.
   RNNKERN_INLINE void before_receive() {
+    received = sent - 1;
     if constexpr (R == kGrid) {
-      if ((sent - 1) % kFenceEvery == 0) ptx::fence_gpu();
+      if (received % kFenceEvery == 0) ptx::fence_gpu();
     }
   }
 
@@ -169,7 +171,7 @@ struct Exchange {
     if constexpr (!P::kStateInShared) {
       return arrival.v[c];
     } else if constexpr (R == kLocal) {
-      return static_cast<const char*>(slot(sent - 1) + ((first + c) * NT + nt) * kTileBytes);
+      return static_cast<const char*>(slot(received) + ((first + c) * NT + nt) * kTileBytes);
     } else {
       char* const chunk = shared + (2 * warp + turn) * kTileBytes;
       turn ^= 1;

@@ -32,8 +32,10 @@ Kernel by_plan(const Plan& plan) {
       return by_registers<P, kLocal, kBackward, 2>(plan.KC);
     }
     if (plan.NT == 1) return by_registers<P, kGrid, kBackward, 1>(plan.KC);
-    if (plan.NT == 2) return by_registers<P, kGrid, kBackward, 2>(plan.KC);
-    return by_registers<P, kGrid, kBackward, 4>(plan.KC);
+    if constexpr (!P::kStateInShared) {
+      if (plan.NT == 4) return by_registers<P, kGrid, kBackward, 4>(plan.KC);
+    }
+    return by_registers<P, kGrid, kBackward, 2>(plan.KC);
   }
   return nullptr;
 }

@@ -168,6 +168,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
   chain.tiles = plan.tiles;
   chain.slabs_per_block = plan.slabs_per_block;
   chain.k_parts = plan.k_parts;
+  chain.items = (2 * plan.NT + plan.k_parts - 1) / plan.k_parts;
   chain.chunks = plan.chunks;
   chain.chunks_per_warp = plan.chunks_per_warp;
   if (job.offsets) {
@@ -177,7 +178,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
         static_cast<int64_t>(job.offsets->size()), stream);
   }
   table_of(job.kind).pack(
-      workspace + space.weights, job.w_hh, job.backward, chain.H, slabs_of(plan), plan.chunks, stream);
+      workspace + space.weights, job.w_hh, job.backward, job.hidden_size, slabs_of(plan), plan.chunks, stream);
 
   const dim3 blocks(plan.blocks()), threads(plan.threads());
   void* arguments[] = {&chain};

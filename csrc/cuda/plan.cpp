@@ -29,11 +29,8 @@ std::optional<Plan> local_plan(const Device& device, Kind kind, int B, int H, bo
   if (plan.slabs_per_block > kWarps) return {};
   plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
   plan.k_parts = 1;
-  // Tensor cores are fast enough for the k of a whole row, if it fits into the registers.
-  const int enough = tensor_cores(kind) ? 8 : 1;
-  while (ceil_div(plan.chunks, plan.k_parts) > enough && 2 * plan.k_parts * plan.slabs_per_block <= kWarps) {
-    plan.k_parts *= 2;
-  }
+  // Tensor cores are fast enough for all k of a slab; else all the warps that there may be.
+  while (!tensor_cores(kind) && 2 * plan.k_parts * plan.slabs_per_block <= kWarps) plan.k_parts *= 2;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
   plan.KC = registers_for(plan.chunks_per_warp);
   plan.members = 1;
@@ -53,13 +50,14 @@ std::optional<Plan> grid_plan(const Device& device, Kind kind, int B, int H, boo
   plan.members = ceil_div(H, kSlab);
   if (plan.members > device.multiprocessors) return {};
   plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
-  plan.k_parts = std::min(kWarps, plan.chunks);
+  plan.k_parts = kWarps;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
   plan.KC = registers_for(plan.chunks_per_warp);
   const int tiles = ceil_div(B, kRows);
   plan.groups = std::min(device.multiprocessors / plan.members, tiles);
   const int per_group = ceil_div(tiles, plan.groups);
-  for (plan.NT = per_group > 2 ? 4 : per_group; plan.NT > 0; plan.NT /= 2) {
+  const int most = tensor_cores(kind) ? 4 : 2;
+  for (plan.NT = std::min(most, per_group > 2 ? 4 : per_group); plan.NT > 0; plan.NT /= 2) {
     plan.tiles = ceil_div(B, kRows * plan.NT);
     if (fits(plan, device, kind, backward)) return plan;
   }
@@ -72,7 +70,7 @@ Plan step_plan(const Device& device, Kind kind, int B, int H, bool backward) {
   plan.slabs_per_block = 1;
   plan.members = ceil_div(H, kSlab);
   plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
-  plan.k_parts = std::min(kWarps, plan.chunks);
+  plan.k_parts = kWarps;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
   plan.KC = 0;
   plan.NT = B > kRows ? 4 : 1;
