@@ -36,6 +36,9 @@ struct ChainKernel {
   static constexpr int kItems = kParts == 8 ? (kSlabItems + 7) / 8 : kSlabItems;  // at most, of a lane
   static constexpr int kBatch = R == kStep ? 4 : 2;  // chunks received at a time, beyond those in registers
 
+  // Whether a warp can have more chunks than its registers hold (plan.cpp).
+  static constexpr bool kBeyond = R == kStep || (KC == 8 && (R != kLocal || sizeof(Storage) == 4));
+
   struct alignas(16) Values {
     Sum v[4];
   };
@@ -48,6 +51,11 @@ struct ChainKernel {
   const bool inside;  // these units exist; those that do not are zeros everywhere, and stay it
   const int first_chunk, chunk_count;
   int products = 0;  // so far
+  // Of the tile that is walked: the lane's first row, and its units there at step start 0.
+  int first_row;
+  Storage *input, *states, *output;
+  // The latest outputs, not yet stored.
+  Quad finished[kItems];
   uint4 registers[KC > 0 ? KC : 1][2][2];
   Exchange<P, R, NT> exchange;
 
@@ -68,7 +76,7 @@ struct ChainKernel {
         inside(unit < chain.H),
         first_chunk(k_part * chain.chunks_per_warp),
         chunk_count(max(0, min(chain.chunks_per_warp, chain.chunks - first_chunk))),
-        exchange(chain, group, warp, lane, shared_memory + layout.state) {}
+        exchange(chain, group, warp, lane, unit, shared_memory + layout.state) {}
 
   RNNKERN_INLINE int k_parts() const { return kParts > 0 ? kParts : a.k_parts; }
   // Whether sums go through shared memory.
@@ -89,16 +97,17 @@ struct ChainKernel {
     const int t = time_of(step);
     return a.offsets ? a.offsets[t] * rows.row_stride : t * rows.time_stride;
   }
-  RNNKERN_INLINE Storage* at(const Rows& rows, int64_t start, int row) const {
-    return reinterpret_cast<Storage*>(rows.data) + start + row * rows.row_stride + unit;
-  }
 
-  // The lane's i-th item is the j-th of its slab: tile j / 2, and there row 2q + j % 2.
+  // The lane's i-th item is the j-th of its slab: four units of row 8 (j / 2) + 2q + j % 2 of the tile.
   RNNKERN_INLINE int slab_item(int i) const { return kParts == 1 ? i : k_part + i * k_parts(); }
   RNNKERN_INLINE bool has_item(int i) const { return kParts == 1 || slab_item(i) < kSlabItems; }
-  RNNKERN_INLINE int row_of(int tile, int i) const {
+  RNNKERN_INLINE int row_beyond(int i) const {  // the lane's first
     const int j = slab_item(i);
-    return (tile * NT + (j >> 1)) * kRows + 2 * q + (j & 1);
+    return (j >> 1) * kRows + (j & 1);
+  }
+  RNNKERN_INLINE int row_of(int i) const { return first_row + row_beyond(i); }
+  RNNKERN_INLINE Storage* first_of(const Rows& rows) const {
+    return reinterpret_cast<Storage*>(rows.data) + first_row * rows.row_stride + unit;
   }
 
   static RNNKERN_INLINE void unpack(Sum (&v)[4], const Quad& quad) {
@@ -129,19 +138,17 @@ struct ChainKernel {
   }
 
   // Starts the copies of a step's inputs. Every call is one group of copies, also past the end.
-  RNNKERN_INLINE void stage(int step, int tile) const {
+  RNNKERN_INLINE void stage(int step) const {
     if (step < min(a.T, a.last_step)) {
       const int rows = rows_of(step);
-      const int64_t input = start_of(a.input, step), states = kBackward ? start_of(a.states, step) : 0;
+      const int64_t start = start_of(a.input, step), states_start = kBackward ? start_of(a.states, step) : 0;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         if (!has_item(i)) break;
-        const int row = row_of(tile, i);
-        const bool valid = row < rows && inside;
-        // Where nothing is read, the address is that of the tensor's first element.
-        stage_quad(staged(step, 0, i), valid ? at(a.input, input, row) : at(a.input, -unit, 0), valid);
+        const bool valid = row_of(i) < rows && inside;
+        stage_quad(staged(step, 0, i), input + (start + row_beyond(i) * a.input.row_stride), valid);
         if constexpr (kBackward) {
-          stage_quad(staged(step, 1, i), valid ? at(a.states, states, row) : at(a.states, -unit, 0), valid);
+          stage_quad(staged(step, 1, i), states + (states_start + row_beyond(i) * a.states.row_stride), valid);
         }
       }
     }
@@ -152,14 +159,26 @@ struct ChainKernel {
   RNNKERN_INLINE void load_initial(Sum (&v)[4], int row) const {
     Quad quad;
     memset(&quad, 0, sizeof quad);
-    if (a.initial.data && row < a.B && inside) quad = *reinterpret_cast<const Quad*>(at(a.initial, 0, row));
+    if (a.initial.data && row < a.B && inside) {
+      quad = *reinterpret_cast<const Quad*>(reinterpret_cast<const Storage*>(a.initial.data) +
+                                            row * a.initial.row_stride + unit);
+    }
     unpack(v, quad);
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = v[i] == v[i] ? v[i] : Sum(NAN);
   }
 
-  RNNKERN_INLINE void store(const Rows& rows, int64_t start, int row, const Quad& quad) const {
-    if (inside) *reinterpret_cast<Quad*>(at(rows, start, row)) = quad;
+  // Stores a step's outputs: later than they are sent on, while the next state is on its way.
+  RNNKERN_INLINE void store_finished(int step) const {
+    const int rows = rows_of(step);
+    if (rows == 0) return;
+    const int64_t start = start_of(a.output, step);
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!has_item(i)) break;
+      if (row_of(i) >= rows || !inside) continue;
+      *reinterpret_cast<Quad*>(output + (start + row_beyond(i) * a.output.row_stride)) = finished[i];
+    }
   }
 
   // The state as the next product reads it.
@@ -167,8 +186,7 @@ struct ChainKernel {
     Quad quad;
 #pragma unroll
     for (int u = 0; u < 4; ++u) reinterpret_cast<Storage*>(&quad)[u] = P::store(P::operand(v[u]));
-    const int j = slab_item(i);
-    exchange.send(unit, j >> 1, q + 4 * (j & 1), quad);
+    exchange.send(slab_item(i), quad);
   }
 
   // ---- The product ----------------------------------------------------------------------------------------------------
@@ -191,7 +209,7 @@ struct ChainKernel {
       for (int v = 0; v < 4; ++v) registers[c][v >> 1][v & 1] = uint4{0, 0, 0, 0};
       if (c < chunk_count) load_weights(registers[c], packed_chunk(c));
     }
-    if constexpr (R != kStep) {
+    if constexpr (kBeyond && R != kStep) {
       for (int c = KC; c < chunk_count; ++c) {  // written and read by the same lane
         Weights w;
         load_weights(w, packed_chunk(c));
@@ -232,7 +250,7 @@ struct ChainKernel {
           P::add(partial, registers[c], exchange.operand(arrival, c, nt, first_chunk));
         }
       }
-      for (int c = KC; c < chunk_count; c += kBatch) {
+      for (int c = KC; kBeyond && c < chunk_count; c += kBatch) {
         typename Exchange<P, R, NT>::template Arrival<kBatch> arrival;
         if (!exchange.template receive<kBatch>(arrival, nt, first_chunk + c, chunk_count - c)) return false;
 #pragma unroll
@@ -280,27 +298,27 @@ struct ChainKernel {
     bool has;
   };
 
-  RNNKERN_INLINE void forward_item(int step, int i, int row, bool has, const Quad& input, const Values& sum) {
+  RNNKERN_INLINE void forward_item(int step, int i, bool has, const Quad& z_quad, const Values& sum) {
     Sum h[4], z[4];
-    unpack(z, input);
+    unpack(z, z_quad);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       const Sum x = z[u] + sum.v[u];
       h[u] = a.relu ? Relu::f(x) : P::tanh(x);
     }
-    if (!has && a.offsets) load_initial(h, row);
+    if (!has && a.offsets) load_initial(h, row_of(i));
     if (step + 1 < a.T) send(i, h);
-    if (has) store(a.output, start_of(a.output, step), row, rounded(h));
+    finished[i] = rounded(h);
   }
 
-  RNNKERN_INLINE void backward_item(int step, int i, int row, bool has, bool had, const Quad (&inputs)[kInputs],
+  RNNKERN_INLINE void backward_item(int step, int i, bool has, bool had, const Quad (&inputs)[kInputs],
                                     const Values& sum, Gradients& gradients) {
     Sum e[4], h[4];
     unpack(e, inputs[0]);
     unpack(h, inputs[kInputs - 1]);
     Sum(&r)[4] = gradients.r.v, (&delta)[4] = gradients.delta.v;
     gradients.r = sum;
-    if (!had) load_initial(r, row);
+    if (!had) load_initial(r, row_of(i));
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       const Sum x = gradients.total.v[u] = e[u] + r[u];
@@ -311,8 +329,11 @@ struct ChainKernel {
     }
     gradients.has = has;
     if (step < a.T) send(i, delta);
-    if (has) store(a.output, start_of(a.output, step), row, rounded(delta));
-    if (had && !has) store(a.final_, 0, row, rounded(r));
+    finished[i] = rounded(delta);
+    if (had && !has && inside) {  // grad_h0
+      *reinterpret_cast<Quad*>(reinterpret_cast<Storage*>(a.final_.data) + row_of(i) * a.final_.row_stride + unit) =
+          rounded(r);
+    }
   }
 
   // Sums of squares over the slab's units, in float64: the squares of small gradients leave float32's range.
@@ -337,7 +358,7 @@ struct ChainKernel {
     }
   }
 
-  RNNKERN_INLINE bool step(int step, int tile, bool multiply) {
+  RNNKERN_INLINE bool step(int step, bool multiply) {
     const int rows = rows_of(step), rows_before = kBackward ? rows_of(step - 1) : 0;
     ptx::wait_copies<kStages - 1>();
     Quad inputs[kItems][kInputs];
@@ -349,10 +370,13 @@ struct ChainKernel {
         for (int k = 0; k < kInputs; ++k) inputs[i][k] = *staged(step, k, i);
       }
     }
-    const auto stage_later = [&] { stage(step + kStages, tile); };
+    const auto meanwhile = [&] {
+      if (step > a.first_step) store_finished(step - 1);
+      stage(step + kStages);
+    };
     Values sums[kItems] = {};
     if (multiply) {
-      if (!product(sums, stage_later)) {
+      if (!product(sums, meanwhile)) {
         exchange.give_up(step);
         return false;
       }
@@ -362,31 +386,30 @@ struct ChainKernel {
       }
       ++products;
     } else {
-      stage_later();
+      meanwhile();
     }
     Gradients gradients[kBackward ? kItems : 1];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       if (!has_item(i)) break;
-      const int row = row_of(tile, i);
+      const bool has = row_of(i) < rows;
       if constexpr (kBackward) {
-        backward_item(step, i, row, row < rows, row < rows_before, inputs[i], sums[i], gradients[i]);
+        backward_item(step, i, has, row_of(i) < rows_before, inputs[i], sums[i], gradients[i]);
       } else {
-        forward_item(step, i, row, row < rows, inputs[i][0], sums[i]);
+        forward_item(step, i, has, inputs[i][0], sums[i]);
       }
     }
     if (step + (kBackward ? 0 : 1) < a.T) exchange.published();
     if (kBackward && a.partials && step < a.T) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        if (has_item(i)) statistics(step, row_of(tile, i), gradients[kBackward ? i : 0]);
+        if (has_item(i)) statistics(step, row_of(i), gradients[kBackward ? i : 0]);
       }
     }
     if (multiply) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const int j = slab_item(i);
-        if (has_item(i)) exchange.reset(unit, j >> 1, q + 4 * (j & 1));
+        if (has_item(i)) exchange.reset(slab_item(i));
       }
       exchange.after_resets();
     }
@@ -394,21 +417,26 @@ struct ChainKernel {
   }
 
   RNNKERN_INLINE bool walk(int tile) {
+    first_row = tile * NT * kRows + 2 * q;
+    input = first_of(a.input);
+    states = kBackward ? first_of(a.states) : nullptr;
+    output = first_of(a.output);
     // step() lets the kStages - 1 latest groups fly: those of the steps after its own.
-    for (int s = a.first_step; s < a.first_step + kStages; ++s) stage(s, tile);
+    for (int s = a.first_step; s < a.first_step + kStages; ++s) stage(s);
     if (!kBackward && a.sends_initial) {  // the state before the first step
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         if (!has_item(i)) break;
         Sum v[4];
-        load_initial(v, row_of(tile, i));
+        load_initial(v, row_of(i));
         send(i, v);
       }
       exchange.published();
     }
     for (int s = a.first_step; s < a.last_step; ++s) {
-      if (!step(s, tile, !kBackward || s > 0)) return false;
+      if (!step(s, !kBackward || s > 0)) return false;
     }
+    if (a.last_step > a.first_step) store_finished(a.last_step - 1);
     return true;
   }
 

@@ -35,18 +35,22 @@ struct Exchange {
   char* const shared;  // kLocal: the two states;  else: two chunks per warp, where the product needs s in shared memory
   char* ring;          // kGrid, kStep: this group's, or this tile's
   const int state_bytes;
+  const int own;               // where this lane's units of its first row lie in a state
+  const bool read_by_someone;  // units beyond the last chunk are padding
   int sent = 0;      // states
   int received = 0;  // the number of the latest state that the product has taken
   int turn = 0;  // of a warp's two chunks
 
-  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int warp_, int lane_, char* shared_memory)
+  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int warp_, int lane_, int unit, char* shared_memory)
       : a(chain),
         warp(warp_),
         lane(lane_),
         group(group_),
         shared(shared_memory),
         ring(chain.ring),
-        state_bytes(chain.chunks * NT * kTileBytes) {}
+        state_bytes(chain.chunks * NT * kTileBytes),
+        own(offset_of(unit, lane_ & 3)),
+        read_by_someone(own < state_bytes) {}
 
   // n: the state's number.
   RNNKERN_INLINE char* slot(int n) const {
@@ -54,10 +58,14 @@ struct Exchange {
     if constexpr (R == kStep) return ring + (n & 1) * state_bytes;
     return ring + (n & (kRingSlots - 1)) * static_cast<int64_t>(state_bytes);
   }
-  // Where four units of a row lie in a state; `place` is the row's.
-  static RNNKERN_INLINE int offset_of(int unit, int nt, int place) {
+  // Where four units lie in a state, for the row at the q-th place of its first tile.
+  static RNNKERN_INLINE int offset_of(int unit, int q) {
     const int byte = unit * static_cast<int>(sizeof(typename P::Storage));
-    return (byte / kChunkBytes * NT + nt) * kTileBytes + place * kChunkBytes + byte % kChunkBytes;
+    return byte / kChunkBytes * NT * kTileBytes + q * kChunkBytes + byte % kChunkBytes;
+  }
+  // The slab's item j of this lane: row 2q + j % 2 of tile j / 2.
+  RNNKERN_INLINE char* item(int n, int j) const {
+    return slot(n) + own + (j >> 1) * kTileBytes + (j & 1) * 4 * kChunkBytes;
   }
 
   RNNKERN_INLINE void begin() {
@@ -72,17 +80,12 @@ struct Exchange {
 
   // ---- Sending --------------------------------------------------------------------------------------------------------
 
-  // Units at or beyond the last chunk are padding that nobody reads.
-  RNNKERN_INLINE bool read_by_someone(int unit) const {
-    return unit * static_cast<int>(sizeof(typename P::Storage)) < a.chunks * kChunkBytes;
-  }
-  RNNKERN_INLINE void send(int unit, int nt, int place, const typename P::Quad& quad) {
-    if (!read_by_someone(unit)) return;
-    char* const to = slot(sent) + offset_of(unit, nt, place);
+  RNNKERN_INLINE void send(int j, const typename P::Quad& quad) {
+    if (!read_by_someone) return;
     if constexpr (R == kGrid) {
-      ptx::store_relaxed(to, quad);
+      ptx::store_relaxed(item(sent, j), quad);
     } else {
-      *reinterpret_cast<typename P::Quad*>(to) = quad;
+      *reinterpret_cast<typename P::Quad*>(item(sent, j)) = quad;
     }
   }
   // After all items of a state have been sent.
@@ -91,13 +94,13 @@ struct Exchange {
     if constexpr (R == kLocal) ptx::sync_block();
   }
   // Resets one item of the state half a ring before the one that this block has just received.
-  RNNKERN_INLINE void reset(int unit, int nt, int place) {
+  RNNKERN_INLINE void reset(int j) {
     if constexpr (R == kGrid) {
       const int old = received - kRingSlots / 2;
-      if (old < 0 || !read_by_someone(unit)) return;
+      if (old < 0 || !read_by_someone) return;
       typename P::Quad ones;
       memset(&ones, 0xff, sizeof ones);
-      ptx::store_relaxed(slot(old) + offset_of(unit, nt, place), ones);
+      ptx::store_relaxed(item(old, j), ones);
     }
   }
   // After all items have been reset.
