@@ -48,7 +48,8 @@ int asked_regime() {
 }
 
 Rows rows_of(const Walkable& walkable) {
-  return {static_cast<char*>(walkable.memory.data_ptr()), walkable.time_stride, walkable.row_stride};
+  const int64_t bytes = walkable.memory.element_size();
+  return {static_cast<char*>(walkable.memory.data_ptr()), bytes * walkable.time_stride, bytes * walkable.row_stride};
 }
 
 int64_t padded(int64_t H) { return (H + 3) / 4 * 4; }

@@ -51,9 +51,10 @@ struct ChainKernel {
   const bool inside;  // these units exist; those that do not are zeros everywhere, and stay it
   const int first_chunk, chunk_count;
   int products = 0;  // so far
-  // Of the tile that is walked: the lane's first row, and its units there at step start 0.
+  // Of the tile that is walked: the lane's first row, and its units there, in the step that is staged or stored next.
   int first_row;
-  Storage *input, *states, *output;
+  char *input, *states, *output;
+  int rows_now, rows_before;  // of this step and of the one before
   // The latest outputs, not yet stored.
   Quad finished[kItems];
   uint4 registers[KC > 0 ? KC : 1][2][2];
@@ -61,7 +62,7 @@ struct ChainKernel {
 
   RNNKERN_INLINE ChainKernel(const Chain& chain, char* shared_memory)
       : a(chain),
-        layout(make_layout(R, chain.slabs_per_block, chain.k_parts, chain.chunks, chain.chunks_per_warp, KC, NT,
+        layout(make_layout(R, chain.slabs_per_block, chain.k_parts, chain.state_chunks, chain.chunks_per_warp, KC, NT,
                            sizeof(Storage), sizeof(Sum) == 8, P::kStateInShared, kBackward)),
         shared(shared_memory),
         lane(ptx::thread() & 31),
@@ -85,17 +86,21 @@ struct ChainKernel {
   // ---- Rows, steps and items ------------------------------------------------------------------------------------------
 
   RNNKERN_INLINE int time_of(int step) const { return a.backward_in_time ? a.T - 1 - step : step; }
-  // Rows that a step has; none before the first and after the last.
+  // Rows that a step of [0, T) has.
   RNNKERN_INLINE int rows_of(int step) const {
-    if (step < 0 || step >= a.T) return 0;
     if (a.offsets == nullptr) return a.B;
     const int t = time_of(step);
     return static_cast<int>(a.offsets[t + 1] - a.offsets[t]);
   }
-  // Where row 0 of a step begins, in elements.
-  RNNKERN_INLINE int64_t start_of(const Rows& rows, int step) const {
-    const int t = time_of(step);
-    return a.offsets ? a.offsets[t] * rows.row_stride : t * rows.time_stride;
+  // Where the lane's first item lies in a step.
+  RNNKERN_INLINE char* first_of(const Rows& rows, int step) const {
+    const int64_t start = a.offsets ? a.offsets[time_of(step)] * rows.row_stride : step * rows.time_stride;
+    return rows.data + start + first_row * rows.row_stride + unit * static_cast<int>(sizeof(Storage));
+  }
+  // The same in the step after the one where it is `at`.
+  RNNKERN_INLINE char* next_of(const Rows& rows, int step, char* at) const {
+    if (a.offsets == nullptr) return at + rows.time_stride;
+    return step + 1 < a.T ? first_of(rows, step + 1) : at;
   }
 
   // The lane's i-th item is the j-th of its slab: four units of row 8 (j / 2) + 2q + j % 2 of the tile.
@@ -106,10 +111,6 @@ struct ChainKernel {
     return (j >> 1) * kRows + (j & 1);
   }
   RNNKERN_INLINE int row_of(int i) const { return first_row + row_beyond(i); }
-  RNNKERN_INLINE Storage* first_of(const Rows& rows) const {
-    return reinterpret_cast<Storage*>(rows.data) + first_row * rows.row_stride + unit;
-  }
-
   static RNNKERN_INLINE void unpack(Sum (&v)[4], const Quad& quad) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = P::load(reinterpret_cast<const Storage*>(&quad)[i]);
@@ -125,32 +126,31 @@ struct ChainKernel {
 
   RNNKERN_INLINE Quad* staged(int step, int input, int i) const {
     return reinterpret_cast<Quad*>(shared + layout.staged) +
-           ((step % kStages * kInputs + input) * (kParts > 0 ? kItems : a.items) + i) * ptx::threads() + ptx::thread();
+           ((static_cast<unsigned>(step) % kStages * kInputs + input) * (kParts > 0 ? kItems : a.items) + i) * ptx::threads() + ptx::thread();
   }
 
-  static RNNKERN_INLINE void stage_quad(Quad* to, const Storage* from, bool valid) {
+  static RNNKERN_INLINE void stage_quad(Quad* to, const char* from, bool valid) {
     if constexpr (sizeof(Quad) <= 16) {
       ptx::copy_async<sizeof(Quad)>(to, from, valid);
     } else {
       ptx::copy_async<16>(to, from, valid);
-      ptx::copy_async<16>(reinterpret_cast<char*>(to) + 16, reinterpret_cast<const char*>(from) + 16, valid);
+      ptx::copy_async<16>(reinterpret_cast<char*>(to) + 16, from + 16, valid);
     }
   }
 
-  // Starts the copies of a step's inputs. Every call is one group of copies, also past the end.
-  RNNKERN_INLINE void stage(int step) const {
-    if (step < min(a.T, a.last_step)) {
+  // Starts the copies of a step's inputs, step after step. Every call is one group of copies, also past the end.
+  RNNKERN_INLINE void stage(int step) {
+    if (step < a.last_input) {
       const int rows = rows_of(step);
-      const int64_t start = start_of(a.input, step), states_start = kBackward ? start_of(a.states, step) : 0;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         if (!has_item(i)) break;
         const bool valid = row_of(i) < rows && inside;
-        stage_quad(staged(step, 0, i), input + (start + row_beyond(i) * a.input.row_stride), valid);
-        if constexpr (kBackward) {
-          stage_quad(staged(step, 1, i), states + (states_start + row_beyond(i) * a.states.row_stride), valid);
-        }
+        stage_quad(staged(step, 0, i), input + row_beyond(i) * a.input.row_stride, valid);
+        if constexpr (kBackward) stage_quad(staged(step, 1, i), states + row_beyond(i) * a.states.row_stride, valid);
       }
+      input = next_of(a.input, step, input);
+      if constexpr (kBackward) states = next_of(a.states, step, states);
     }
     ptx::commit_copies();
   }
@@ -160,25 +160,22 @@ struct ChainKernel {
     Quad quad;
     memset(&quad, 0, sizeof quad);
     if (a.initial.data && row < a.B && inside) {
-      quad = *reinterpret_cast<const Quad*>(reinterpret_cast<const Storage*>(a.initial.data) +
-                                            row * a.initial.row_stride + unit);
+      quad = *reinterpret_cast<const Quad*>(a.initial.data + row * a.initial.row_stride + unit * sizeof(Storage));
     }
     unpack(v, quad);
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = v[i] == v[i] ? v[i] : Sum(NAN);
   }
 
-  // Stores a step's outputs: later than they are sent on, while the next state is on its way.
-  RNNKERN_INLINE void store_finished(int step) const {
-    const int rows = rows_of(step);
-    if (rows == 0) return;
-    const int64_t start = start_of(a.output, step);
+  // Stores a step's outputs, step after step: later than they are sent on, while the next state is on its way.
+  RNNKERN_INLINE void store_finished(int step, int rows) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       if (!has_item(i)) break;
       if (row_of(i) >= rows || !inside) continue;
-      *reinterpret_cast<Quad*>(output + (start + row_beyond(i) * a.output.row_stride)) = finished[i];
+      *reinterpret_cast<Quad*>(output + row_beyond(i) * a.output.row_stride) = finished[i];
     }
+    output = next_of(a.output, step, output);
   }
 
   // The state as the next product reads it.
@@ -322,7 +319,7 @@ struct ChainKernel {
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       const Sum x = gradients.total.v[u] = e[u] + r[u];
-      const Sum limit = a.clip;
+      const Sum limit = static_cast<Sum>(a.clip);
       const Sum clamped = x > limit ? limit : x < -limit ? -limit : x;  // NaN stays NaN
       delta[u] = a.relu ? Relu::times_derivative(clamped, h[u]) : Tanh::times_derivative(clamped, h[u]);
       if (!has) delta[u] = 0;
@@ -331,8 +328,7 @@ struct ChainKernel {
     if (step < a.T) send(i, delta);
     finished[i] = rounded(delta);
     if (had && !has && inside) {  // grad_h0
-      *reinterpret_cast<Quad*>(reinterpret_cast<Storage*>(a.final_.data) + row_of(i) * a.final_.row_stride + unit) =
-          rounded(r);
+      *reinterpret_cast<Quad*>(a.final_.data + row_of(i) * a.final_.row_stride + unit * sizeof(Storage)) = rounded(r);
     }
   }
 
@@ -359,7 +355,8 @@ struct ChainKernel {
   }
 
   RNNKERN_INLINE bool step(int step, bool multiply) {
-    const int rows = rows_of(step), rows_before = kBackward ? rows_of(step - 1) : 0;
+    rows_before = rows_now;
+    rows_now = step < a.T ? rows_of(step) : 0;
     ptx::wait_copies<kStages - 1>();
     Quad inputs[kItems][kInputs];
     if (step < a.T) {
@@ -371,7 +368,7 @@ struct ChainKernel {
       }
     }
     const auto meanwhile = [&] {
-      if (step > a.first_step) store_finished(step - 1);
+      if (step > a.first_step) store_finished(step - 1, rows_before);
       stage(step + kStages);
     };
     Values sums[kItems] = {};
@@ -392,7 +389,7 @@ struct ChainKernel {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       if (!has_item(i)) break;
-      const bool has = row_of(i) < rows;
+      const bool has = row_of(i) < rows_now;
       if constexpr (kBackward) {
         backward_item(step, i, has, row_of(i) < rows_before, inputs[i], sums[i], gradients[i]);
       } else {
@@ -418,9 +415,11 @@ struct ChainKernel {
 
   RNNKERN_INLINE bool walk(int tile) {
     first_row = tile * NT * kRows + 2 * q;
-    input = first_of(a.input);
-    states = kBackward ? first_of(a.states) : nullptr;
-    output = first_of(a.output);
+    const int inside_time = min(a.first_step, a.T - 1);
+    input = first_of(a.input, inside_time);
+    states = kBackward ? first_of(a.states, inside_time) : nullptr;
+    output = first_of(a.output, inside_time);
+    rows_now = a.first_step > 0 ? rows_of(a.first_step - 1) : 0;
     // step() lets the kStages - 1 latest groups fly: those of the steps after its own.
     for (int s = a.first_step; s < a.first_step + kStages; ++s) stage(s);
     if (!kBackward && a.sends_initial) {  // the state before the first step
@@ -436,7 +435,7 @@ struct ChainKernel {
     for (int s = a.first_step; s < a.last_step; ++s) {
       if (!step(s, !kBackward || s > 0)) return false;
     }
-    if (a.last_step > a.first_step) store_finished(a.last_step - 1);
+    if (a.last_step > a.first_step) store_finished(a.last_step - 1, rows_now);
     return true;
   }
 

@@ -12,7 +12,8 @@ namespace rnnkern::cuda {
 //   kStep     nobody holds W: a launch per step, each reads W anew, and the state goes through global memory
 enum Regime : int { kLocal, kCluster, kGrid, kStep };
 
-// Rows of H values: (T, B, H) or packed (N, H); strides in elements, those of a row side by side.
+// Rows of H values: (T, B, H) or packed (N, H); strides in bytes, the values of a row side by side. Of a dense tensor
+// `data` is row 0 of the first step in processing order, and time_stride leads to the next; of a packed one, row 0 of all.
 struct Rows {
   char* data;
   int64_t time_stride, row_stride;
@@ -32,17 +33,19 @@ struct Chain {
   int64_t patience;           // of a wait, in nanoseconds
   int T, B, H;  // H is a multiple of 4 and every row begins at a multiple of 16 bytes, or of four units
   int first_step, last_step;  // [first, last) of T (backward: of T + 1) in processing order; all but in kStep
+  int last_input;                // the same for the inputs: at most T
   bool sends_initial;         // forward: begins with h0, and not with a state that an earlier launch has sent
   int sent;                   // kStep: states sent by earlier launches
   bool backward_in_time;      // the first step in processing order is the last in time
   bool relu;
-  float clip;
+  double clip;
   // How the work is divided. A group of `members` blocks walks the chain for its rows; a block of
   // slabs_per_block x k_parts warps holds slabs_per_block slabs of W, each divided among k_parts warps by chunks of k.
   int members, groups, tiles;  // tiles: of 8 NT rows, dealt out to the groups
   int slabs_per_block, k_parts;
   int items;  // of a lane, at most
   int chunks, chunks_per_warp;  // chunks of k in all, and of one warp
+  int state_chunks;             // that a stored state has room for
 };
 
 constexpr int kRingSlots = 32;  // states in the ring of a group

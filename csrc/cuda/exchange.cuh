@@ -48,9 +48,9 @@ struct Exchange {
         group(group_),
         shared(shared_memory),
         ring(chain.ring),
-        state_bytes(chain.chunks * NT * kTileBytes),
+        state_bytes(chain.state_chunks * NT * kTileBytes),
         own(offset_of(unit, lane_ & 3)),
-        read_by_someone(own < state_bytes) {}
+        read_by_someone(own < chain.chunks * NT * kTileBytes) {}
 
   // n: the state's number.
   RNNKERN_INLINE char* slot(int n) const {
@@ -69,6 +69,12 @@ struct Exchange {
   }
 
   RNNKERN_INLINE void begin() {
+    if constexpr (R == kLocal) {
+      for (int i = ptx::thread(); i < 2 * state_bytes / 16; i += ptx::threads()) {
+        reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+      }
+      ptx::sync_block();
+    }
     if constexpr (R == kGrid) ring += static_cast<int64_t>(group) * kRingSlots * state_bytes;
   }
   RNNKERN_INLINE void begin_tile(int tile) {
@@ -127,12 +133,17 @@ struct Exchange {
                              16 * (lane & 3);
 #pragma unroll
     for (int c = 0; c < N; ++c) {
-      arrival.v[c] = uint4{0, 0, 0, 0};
       const char* const chunk = from + c * NT * kTileBytes;
+      // In shared memory there is room for all chunks of all registers, and what no block sends is zeros.
+      if (!P::kStateInShared && R == kLocal) {
+        arrival.v[c] = *reinterpret_cast<const uint4*>(chunk);
+        continue;
+      }
+      arrival.v[c] = uint4{0, 0, 0, 0};
       if (c < count) {
         if constexpr (R == kGrid) {
           arrival.v[c] = ptx::load_relaxed(chunk);
-        } else if constexpr (!P::kStateInShared || R == kStep) {
+        } else if constexpr (R == kStep) {
           arrival.v[c] = *reinterpret_cast<const uint4*>(chunk);
         }
       }

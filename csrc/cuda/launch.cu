@@ -130,7 +130,7 @@ Plan plan_for(const Job& job, int device, int asked) {
 
 Workspace workspace_of(const Job& job, const Plan& plan) {
   const Chain& chain = job.chain;
-  const size_t state_bytes = static_cast<size_t>(plan.chunks) * plan.NT * kTileBytes;
+  const size_t state_bytes = static_cast<size_t>(plan.state_chunks) * plan.NT * kTileBytes;
   Workspace space{};
   size_t ring_states = 0;
   if (plan.regime == kGrid) {
@@ -163,6 +163,12 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
   chain.partials = job.stats ? reinterpret_cast<double*>(workspace + space.partials) : nullptr;
   chain.error = failure_word_on_device();
   chain.patience = patience();
+  if (!job.offsets && chain.backward_in_time) {
+    for (Rows* rows : {&chain.input, &chain.states, &chain.output}) {
+      rows->data += (chain.T - 1) * rows->time_stride;
+      rows->time_stride = -rows->time_stride;
+    }
+  }
   chain.members = plan.members;
   chain.groups = plan.groups;
   chain.tiles = plan.tiles;
@@ -170,6 +176,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
   chain.k_parts = plan.k_parts;
   chain.items = (2 * plan.NT + plan.k_parts - 1) / plan.k_parts;
   chain.chunks = plan.chunks;
+  chain.state_chunks = plan.state_chunks;
   chain.chunks_per_warp = plan.chunks_per_warp;
   if (job.offsets) {
     chain.offsets = reinterpret_cast<int64_t*>(workspace + space.offsets);
@@ -189,6 +196,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
   const int steps = job.backward ? chain.T + 1 : chain.T;
   chain.first_step = 0;
   chain.last_step = steps;
+  chain.last_input = chain.T;
   chain.sends_initial = !job.backward;
   if (plan.regime == kGrid) {
     check(cudaMemsetAsync(chain.ring, 0xff, space.ring_bytes, stream), "cudaMemsetAsync");
@@ -197,7 +205,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
         "a cooperative kernel launch");
   } else if (plan.regime == kStep) {
     if (!job.backward) {  // h0 alone
-      chain.last_step = 0;
+      chain.last_step = chain.last_input = 0;
       one_launch();
       chain.sends_initial = false;
       chain.sent = 1;
@@ -205,6 +213,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
     for (int step = 0; step < steps; ++step) {
       chain.first_step = step;
       chain.last_step = step + 1;
+      chain.last_input = std::min(step + 1, chain.T);
       one_launch();
       ++chain.sent;
     }

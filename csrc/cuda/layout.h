@@ -27,7 +27,7 @@ struct Layout {
 };
 
 RNNKERN_BOTH constexpr Layout make_layout(
-    Regime regime, int slabs_per_block, int k_parts, int chunks, int chunks_per_warp, int KC, int NT, int value_bytes,
+    Regime regime, int slabs_per_block, int k_parts, int state_chunks, int chunks_per_warp, int KC, int NT, int value_bytes,
     bool double_sums, bool state_in_shared, bool backward) {
   const int warps = slabs_per_block * k_parts;
   const int items = (2 * NT + k_parts - 1) / k_parts;
@@ -37,7 +37,7 @@ RNNKERN_BOTH constexpr Layout make_layout(
   layout.staged = 0;
   layout.reduced = layout.staged + kStages * (backward ? 2 : 1) * items * warps * 32 * 4 * value_bytes;
   layout.state = layout.reduced + (k_parts > 1 || regime != kLocal ? 2 * warps * 2 * NT * 32 * 4 * (double_sums ? 8 : 4) : 0);
-  layout.weights = layout.state + (!through_memory ? 2 * chunks * NT * kTileBytes
+  layout.weights = layout.state + (!through_memory ? 2 * state_chunks * NT * kTileBytes
                                    : state_in_shared ? warps * 2 * kTileBytes
                                                      : 0);
   layout.total = layout.weights + warps * beyond * kPackedBytes;
@@ -46,7 +46,7 @@ RNNKERN_BOTH constexpr Layout make_layout(
 
 inline Layout layout_of(const Plan& p, Kind kind, bool backward) {
   return make_layout(
-      p.regime, p.slabs_per_block, p.k_parts, p.chunks, p.chunks_per_warp, p.KC, p.NT, bytes_of(kind),
+      p.regime, p.slabs_per_block, p.k_parts, p.state_chunks, p.chunks_per_warp, p.KC, p.NT, bytes_of(kind),
       kind == kFloat64, !tensor_cores(kind), backward);
 }
 

@@ -16,7 +16,9 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // The instances that are compiled (instances.cuh).
 int registers_for(int chunks_per_warp) { return chunks_per_warp <= 2 ? 2 : chunks_per_warp <= 4 ? 4 : 8; }
 
+// What follows from the rest of a plan; whether its blocks fit.
 bool fits(Plan& plan, const Device& device, Kind kind, bool backward) {
+  plan.state_chunks = plan.regime == kLocal ? std::max(plan.chunks, plan.KC * plan.k_parts) : plan.chunks;
   plan.shared_bytes = layout_of(plan, kind, backward).total;
   return plan.shared_bytes <= device.shared_bytes;
 }

@@ -22,7 +22,7 @@ struct Device {
 struct Plan {
   Regime regime;
   int KC, NT;  // the kernel's instance: chunks of W in a warp's registers, tiles of 8 rows at a time
-  int slabs_per_block, k_parts, chunks, chunks_per_warp;
+  int slabs_per_block, k_parts, chunks, chunks_per_warp, state_chunks;
   int members, groups, tiles;
   int shared_bytes;
   int blocks() const { return members * groups; }

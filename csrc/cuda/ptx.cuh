@@ -120,6 +120,18 @@ RNNKERN_INLINE float round_tf32(float x) {
   return __uint_as_float(bits);
 }
 
+RNNKERN_INLINE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+RNNKERN_INLINE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 RNNKERN_INLINE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
