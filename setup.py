@@ -108,7 +108,9 @@ class BuildLibraries(BuildExtension):
         host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter,-g0"
         torch_includes = " ".join(f"-isystem {path}" for path in include_paths())
         # Through libtorch.so, whatever it is built with, the loader finds that torch's CUDA part as well.
-        libraries = " ".join([*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10"])
+        libraries = " ".join(
+            [*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10"]
+        )
         rules = [
             f"nvcc = {NVCC}",
             f"flags = -std=c++17 -O3 -I{ROOT / 'csrc'} {STABLE_ABI} -DUSE_CUDA -Xcompiler={host}",

@@ -41,10 +41,10 @@ Kind kind_of(const Tensor& tensor) {
 int asked_regime() {
   const char* const name = std::getenv("RNNKERN_CUDA_REGIME");
   if (name == nullptr || *name == 0) return -1;
-  for (const Regime regime : {kLocal, kGrid, kStep}) {
+  for (const Regime regime : {kLocal, kCluster, kGrid, kStep}) {
     if (name_of(regime) == name) return regime;
   }
-  STD_TORCH_CHECK(false, "RNNKERN_CUDA_REGIME is '", name, "', expected cta, grid or step");
+  STD_TORCH_CHECK(false, "RNNKERN_CUDA_REGIME is '", name, "', expected cta, cluster, grid or step");
 }
 
 Rows rows_of(const Walkable& walkable) {

@@ -31,9 +31,10 @@ struct ChainKernel {
   using Quad = typename P::Quad;
   static constexpr int kInputs = kBackward ? 2 : 1;
   static constexpr int kSlabItems = 2 * NT;  // of a lane's units, over all rows of the tile
-  // k_parts where it is known: tensor cores do with one warp per slab; a grid spreads W as far as it can. Else 0.
-  static constexpr int kParts = R != kLocal ? 8 : P::kStateInShared ? 0 : 1;
-  static constexpr int kItems = kParts == 8 ? (kSlabItems + 7) / 8 : kSlabItems;  // at most, of a lane
+  // k_parts where it is known: in one block tensor cores do with one warp per slab; a grid spreads W as far as it can.
+  // Else 0; in a cluster at least 2.
+  static constexpr int kParts = R == kGrid || R == kStep ? 8 : R == kLocal && !P::kStateInShared ? 1 : 0;
+  static constexpr int kItems = kParts == 8 ? (kSlabItems + 7) / 8 : R == kCluster ? NT : kSlabItems;  // at most, of a lane
   static constexpr int kBatch = R == kStep ? 4 : 2;  // chunks received at a time, beyond those in registers
 
   // Whether a warp can have more chunks than its registers hold (plan.cpp).
@@ -77,7 +78,8 @@ struct ChainKernel {
         inside(unit < chain.H),
         first_chunk(k_part * chain.chunks_per_warp),
         chunk_count(max(0, min(chain.chunks_per_warp, chain.chunks - first_chunk))),
-        exchange(chain, group, warp, lane, unit, shared_memory + layout.state) {}
+        exchange(chain, group, warp, lane, unit, shared_memory + layout.state,
+                 shared_memory + layout.arrivals) {}
 
   RNNKERN_INLINE int k_parts() const { return kParts > 0 ? kParts : a.k_parts; }
   // Whether sums go through shared memory.
@@ -232,8 +234,8 @@ struct ChainKernel {
   // time for it. False if the state did not come.
   template <class Meanwhile>
   RNNKERN_INLINE bool product(Values (&items)[kItems], const Meanwhile& meanwhile) {
-    exchange.before_receive();
     if (R != kLocal) meanwhile();
+    if (!exchange.before_receive()) return false;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
       typename P::Partial partial;
@@ -375,10 +377,12 @@ struct ChainKernel {
     if (multiply) {
       if (!product(sums, meanwhile)) {
         exchange.give_up(step);
-        return false;
+        if (R != kCluster) return false;
+        exchange.flag(products) = 1;
       }
       if (divided()) {
         ptx::sync_block();
+        if (R == kCluster && exchange.flag(products) != 0) return false;  // all warps together
         add_parts(sums);
       }
       ++products;
@@ -446,6 +450,7 @@ struct ChainKernel {
       exchange.begin_tile(tile);
       if (!walk(tile)) break;
     }
+    exchange.end();
   }
 };
 

@@ -7,6 +7,11 @@
 //
 // Shared memory (kLocal): two buffers in turn, one barrier per state.
 //
+// Other blocks' shared memory (kCluster): two buffers in turn in every block. Whoever has computed four units of a row
+// stores them into the buffers of all blocks of the cluster. Each store is counted, in bytes, by a barrier beside the buffer
+// that it goes to, and a state is there when all its bytes are. A buffer is free when it is written again: who sends
+// state n + 2 has received all of n + 1, and every block sent its part of that after all its warps had read state n.
+//
 // Global memory (kGrid): a ring of kRingSlots states that begins as all ones. The data is its own flag: a word that is
 // still all ones has not been written, as no state holds that NaN. Accesses are relaxed at gpu scope, word by word; nothing
 // else has to be ordered, but for one thing: a slot must be all ones again before it is used anew. The thread that wrote
@@ -32,16 +37,18 @@ template <class P, Regime R, int NT>
 struct Exchange {
   const Chain& a;
   const int warp, lane, group;
-  char* const shared;  // kLocal: the two states;  else: two chunks per warp, where the product needs s in shared memory
+  char* const shared;  // kLocal, kCluster: the two states;  else: two chunks per warp, where the product needs s in shared memory
   char* ring;          // kGrid, kStep: this group's, or this tile's
   const int state_bytes;
   const int own;               // where this lane's units of its first row lie in a state
   const bool read_by_someone;  // units beyond the last chunk are padding
   int sent = 0;      // states
+  uint64_t* const arrivals;  // kCluster: a barrier for each buffer
   int received = 0;  // the number of the latest state that the product has taken
   int turn = 0;  // of a warp's two chunks
 
-  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int warp_, int lane_, int unit, char* shared_memory)
+  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int warp_, int lane_, int unit, char* shared_memory,
+                          char* barriers)
       : a(chain),
         warp(warp_),
         lane(lane_),
@@ -50,11 +57,12 @@ struct Exchange {
         ring(chain.ring),
         state_bytes(chain.state_chunks * NT * kTileBytes),
         own(offset_of(unit, lane_ & 3)),
+        arrivals(reinterpret_cast<uint64_t*>(barriers)),
         read_by_someone(own < chain.chunks * NT * kTileBytes) {}
 
   // n: the state's number.
   RNNKERN_INLINE char* slot(int n) const {
-    if constexpr (R == kLocal) return shared + (n & 1) * state_bytes;
+    if constexpr (R == kLocal || R == kCluster) return shared + (n & 1) * state_bytes;
     if constexpr (R == kStep) return ring + (n & 1) * state_bytes;
     return ring + (n & (kRingSlots - 1)) * static_cast<int64_t>(state_bytes);
   }
@@ -69,12 +77,22 @@ struct Exchange {
   }
 
   RNNKERN_INLINE void begin() {
-    if constexpr (R == kLocal) {
+    if constexpr (R == kLocal || R == kCluster) {
       for (int i = ptx::thread(); i < 2 * state_bytes / 16; i += ptx::threads()) {
         reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
       }
       ptx::sync_block();
     }
+#if RNNKERN_HAS_CLUSTERS
+    if constexpr (R == kCluster) {
+      if (ptx::thread() < 2) {
+        flag(ptx::thread()) = 0;
+        ptx::barrier_init(arrivals + ptx::thread(), 1);
+        ptx::barrier_expect(arrivals + ptx::thread(), sent_bytes());
+      }
+      ptx::sync_cluster();
+    }
+#endif
     if constexpr (R == kGrid) ring += static_cast<int64_t>(group) * kRingSlots * state_bytes;
   }
   RNNKERN_INLINE void begin_tile(int tile) {
@@ -84,12 +102,31 @@ struct Exchange {
     }
   }
 
+  // Nobody leaves while others may still write into its shared memory.
+  RNNKERN_INLINE void end() {
+#if RNNKERN_HAS_CLUSTERS
+    if constexpr (R == kCluster) {
+      ptx::sync_cluster();
+    }
+#endif
+  }
+  RNNKERN_INLINE int sent_bytes() const { return a.chunks * NT * kTileBytes; }  // of a state, by all blocks
+  // Raised by a warp that has waited in vain; of two, as a fast warp may be one product ahead.
+  RNNKERN_INLINE volatile int& flag(int which) const { return reinterpret_cast<int*>(arrivals + 2)[which & 1]; }
+
   // ---- Sending --------------------------------------------------------------------------------------------------------
 
   RNNKERN_INLINE void send(int j, const typename P::Quad& quad) {
     if (!read_by_someone) return;
     if constexpr (R == kGrid) {
       ptx::store_relaxed(item(sent, j), quad);
+    } else if constexpr (R == kCluster) {
+#if RNNKERN_HAS_CLUSTERS
+      const uint32_t here = ptx::shared_address(item(sent, j)), barrier = ptx::shared_address(arrivals + (sent & 1));
+      for (int rank = 0; rank < a.members; ++rank) {
+        ptx::store_remote(ptx::address_in(here, rank), quad, ptx::address_in(barrier, rank));
+      }
+#endif
     } else {
       *reinterpret_cast<typename P::Quad*>(item(sent, j)) = quad;
     }
@@ -135,7 +172,7 @@ struct Exchange {
     for (int c = 0; c < N; ++c) {
       const char* const chunk = from + c * NT * kTileBytes;
       // In shared memory there is room for all chunks of all registers, and what no block sends is zeros.
-      if (!P::kStateInShared && R == kLocal) {
+      if (!P::kStateInShared && (R == kLocal || R == kCluster)) {
         arrival.v[c] = *reinterpret_cast<const uint4*>(chunk);
         continue;
       }
@@ -161,22 +198,34 @@ struct Exchange {
   // Until the chunk is there.
   RNNKERN_INLINE bool wait(uint4& v, const char* chunk) const {
     const long long deadline = ptx::nanoseconds() + a.patience;
-    while (true) {
-#pragma unroll 1
-      for (int look = 0; look < 64; ++look) {
-        v = ptx::load_relaxed(chunk);
-        if (!ptx::any(missing(v))) return true;
-      }
-      if (ptx::any(ptx::nanoseconds() >= deadline)) return false;
-    }
+    do {
+      v = ptx::load_relaxed(chunk);
+      if (!ptx::any(missing(v))) return true;
+    } while (!ptx::any(ptx::nanoseconds() > deadline));
+    return false;
   }
 
   // Before the first receive of the latest state.
-  RNNKERN_INLINE void before_receive() {
+  RNNKERN_INLINE bool before_receive() {
     received = sent - 1;
     if constexpr (R == kGrid) {
       if (received % kFenceEvery == 0) ptx::fence_gpu();
     }
+#if RNNKERN_HAS_CLUSTERS
+    if constexpr (R == kCluster) {
+      uint64_t* const barrier = arrivals + (received & 1);
+      const int parity = received >> 1 & 1;
+      if (!ptx::barrier_done(barrier, parity)) {
+        const long long deadline = ptx::nanoseconds() + a.patience;
+        while (!ptx::barrier_done(barrier, parity)) {
+          if (ptx::nanoseconds() > deadline) return false;
+        }
+      }
+      // The next state of this buffer may begin to arrive before it is announced here: its phase waits for this arrival.
+      if (ptx::thread() == 0) ptx::barrier_expect(barrier, sent_bytes());
+    }
+#endif
+    return true;
   }
 
   // What the product needs of chunk c: the lane's vector, or the chunk's address in shared memory.
@@ -184,7 +233,7 @@ struct Exchange {
   RNNKERN_INLINE auto operand(const Arrival<N>& arrival, int c, int nt, int first) {
     if constexpr (!P::kStateInShared) {
       return arrival.v[c];
-    } else if constexpr (R == kLocal) {
+    } else if constexpr (R == kLocal || R == kCluster) {
       return static_cast<const char*>(slot(received) + ((first + c) * NT + nt) * kTileBytes);
     } else {
       char* const chunk = shared + (2 * warp + turn) * kTileBytes;

@@ -10,7 +10,9 @@ namespace rnnkern::cuda {
 template <class P, Regime R, bool kBackward, int KC, int NT>
 __global__ void __launch_bounds__(256, 1) chain_kernel(const __grid_constant__ Chain chain) {
   extern __shared__ __align__(16) char shared_memory[];
-  ChainKernel<P, R, kBackward, KC, NT>(chain, shared_memory).run();
+  if constexpr (R != kCluster || RNNKERN_HAS_CLUSTERS) {
+    ChainKernel<P, R, kBackward, KC, NT>(chain, shared_memory).run();
+  }
 }
 
 template <class P, Regime R, bool kBackward, int NT>
@@ -30,6 +32,10 @@ Kernel by_plan(const Plan& plan) {
     if (plan.regime == kLocal) {
       if (plan.NT == 1) return by_registers<P, kLocal, kBackward, 1>(plan.KC);
       return by_registers<P, kLocal, kBackward, 2>(plan.KC);
+    }
+    if (plan.regime == kCluster) {
+      if (plan.NT == 1) return by_registers<P, kCluster, kBackward, 1>(plan.KC);
+      return by_registers<P, kCluster, kBackward, 2>(plan.KC);
     }
     if (plan.NT == 1) return by_registers<P, kGrid, kBackward, 1>(plan.KC);
     if constexpr (!P::kStateInShared) {

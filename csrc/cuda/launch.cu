@@ -49,6 +49,7 @@ Device facts_of(int device) {
         attribute(cudaDevAttrMultiProcessorCount, device),
         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         attribute(cudaDevAttrCooperativeLaunch, device) != 0,
+        attribute(cudaDevAttrClusterLaunch, device) != 0,
     };
   });
   return known[device];
@@ -68,6 +69,31 @@ void allow_shared_memory(Kernel kernel, const Plan& plan) {
           reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
       "shared memory for a block");
 }
+
+// A kernel's launch in clusters of plan.members blocks.
+struct LaunchConfig {
+  const void* function;
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  LaunchConfig(Kernel kernel, const Plan& plan, cudaStream_t stream) : function(reinterpret_cast<const void*>(kernel)) {
+    allow_shared_memory(kernel, plan);
+    if (plan.members > 8) {
+      check(
+          cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters of 16 blocks");
+    }
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = plan.members;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(plan.blocks());
+    config.blockDim = dim3(plan.threads());
+    config.dynamicSmemBytes = plan.shared_bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
 
 // A word of host memory that kernels write when a wait has run out: (regime + 1) << 56 | block << 32 | step.
 std::atomic<unsigned long long*> failure_word{nullptr};
@@ -114,18 +140,33 @@ std::string earlier_failure() {
 
 Plan plan_for(const Job& job, int device, int asked) {
   const Device facts = facts_of(device);
-  Plan plan = make_plan(facts, job.kind, job.chain.B, job.chain.H, job.backward, asked);
-  if (plan.regime != kGrid) return plan;
-  // Waiting for blocks that cannot run is a deadlock: ask how many can, under MPS or on a part of a GPU fewer.
-  const Kernel kernel = kernel_of(job, plan);
-  allow_shared_memory(kernel, plan);
-  int per_multiprocessor = 0;
-  check(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &per_multiprocessor, reinterpret_cast<const void*>(kernel), plan.threads(), plan.shared_bytes),
-      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  if (per_multiprocessor * facts.multiprocessors >= plan.blocks()) return plan;
-  return make_plan(facts, job.kind, job.chain.B, job.chain.H, job.backward, kStep);
+  const auto plan_on = [&](const Device& some, int regime) {
+    return make_plan(some, job.kind, job.chain.B, job.chain.H, job.backward, regime);
+  };
+  Plan plan = plan_on(facts, asked);
+  if (plan.regime == kCluster) {
+    // A part of a GPU may have too few multiprocessors side by side.
+    LaunchConfig config(kernel_of(job, plan), plan, nullptr);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, config.function, &config.config);
+    if (error == cudaSuccess && clusters > 0) return plan;
+    cudaGetLastError();
+    Device without = facts;
+    without.clusters = false;
+    plan = plan_on(without, asked);
+  }
+  if (plan.regime == kGrid) {
+    // Waiting for blocks that cannot run is a deadlock: ask how many can, under MPS or on a part of a GPU fewer.
+    const Kernel kernel = kernel_of(job, plan);
+    allow_shared_memory(kernel, plan);
+    int per_multiprocessor = 0;
+    check(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+            &per_multiprocessor, reinterpret_cast<const void*>(kernel), plan.threads(), plan.shared_bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    if (per_multiprocessor * facts.multiprocessors < plan.blocks()) return plan_on(facts, kStep);
+  }
+  return plan;
 }
 
 Workspace workspace_of(const Job& job, const Plan& plan) {
@@ -203,6 +244,9 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
     check(
         cudaLaunchCooperativeKernel(function, blocks, threads, arguments, plan.shared_bytes, stream),
         "a cooperative kernel launch");
+  } else if (plan.regime == kCluster) {
+    LaunchConfig config(kernel, plan, stream);
+    check(cudaLaunchKernelExC(&config.config, config.function, arguments), "a launch in clusters");
   } else if (plan.regime == kStep) {
     if (!job.backward) {  // h0 alone
       chain.last_step = chain.last_input = 0;

@@ -23,6 +23,7 @@ struct Layout {
   int reduced;  // unless one warp sums over all k: 2 x warps x items x lanes, of four sums
   int state;    // kLocal, kCluster: two states;  else two chunks per warp, where the product needs them there
   int weights;  // warps x chunks beyond the registers
+  int arrivals;  // kCluster: two barriers, two flags
   int total;
 };
 
@@ -40,7 +41,8 @@ RNNKERN_BOTH constexpr Layout make_layout(
   layout.weights = layout.state + (!through_memory ? 2 * state_chunks * NT * kTileBytes
                                    : state_in_shared ? warps * 2 * kTileBytes
                                                      : 0);
-  layout.total = layout.weights + warps * beyond * kPackedBytes;
+  layout.arrivals = layout.weights + warps * beyond * kPackedBytes;
+  layout.total = layout.arrivals + (regime == kCluster ? 32 : 0);
   return layout;
 }
 

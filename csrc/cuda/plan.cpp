@@ -18,7 +18,7 @@ int registers_for(int chunks_per_warp) { return chunks_per_warp <= 2 ? 2 : chunk
 
 // What follows from the rest of a plan; whether its blocks fit.
 bool fits(Plan& plan, const Device& device, Kind kind, bool backward) {
-  plan.state_chunks = plan.regime == kLocal ? std::max(plan.chunks, plan.KC * plan.k_parts) : plan.chunks;
+  plan.state_chunks = plan.regime == kLocal || plan.regime == kCluster ? std::max(plan.chunks, plan.KC * plan.k_parts) : plan.chunks;
   plan.shared_bytes = layout_of(plan, kind, backward).total;
   return plan.shared_bytes <= device.shared_bytes;
 }
@@ -37,6 +37,30 @@ std::optional<Plan> local_plan(const Device& device, Kind kind, int B, int H, bo
   plan.KC = registers_for(plan.chunks_per_warp);
   plan.members = 1;
   plan.NT = ceil_div(B, kRows) > device.multiprocessors ? 2 : 1;
+  if (plan.NT == 2 && !fits(plan, device, kind, backward)) plan.NT = 1;
+  plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
+  if (!fits(plan, device, kind, backward)) return {};
+  return plan;
+}
+
+// The blocks of a cluster hold W; clusters share nothing, so there may be more of them than can run at once.
+std::optional<Plan> cluster_plan(const Device& device, Kind kind, int B, int H, bool backward) {
+  if (!device.clusters) return {};
+  Plan plan{};
+  plan.regime = kCluster;
+  plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
+  const int slabs = ceil_div(H, kSlab), tiles = ceil_div(B, kRows);
+  // The smallest cluster whose warps keep all of W in registers; else the largest.
+  for (int members = getenv("RK_MIN") ? atoi(getenv("RK_MIN")) : 2; members <= 16; members *= 2) {
+    plan.members = members;
+    plan.slabs_per_block = ceil_div(slabs, members);
+    plan.k_parts = plan.slabs_per_block <= 1 ? 8 : plan.slabs_per_block <= 2 ? 4 : 2;
+    plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
+    if (plan.slabs_per_block <= 4 && plan.chunks_per_warp <= 8) break;
+  }
+  if (plan.slabs_per_block > 4) return {};
+  plan.KC = registers_for(plan.chunks_per_warp);
+  plan.NT = tiles * plan.members > device.multiprocessors ? 2 : 1;
   if (plan.NT == 2 && !fits(plan, device, kind, backward)) plan.NT = 1;
   plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
   if (!fits(plan, device, kind, backward)) return {};
@@ -97,21 +121,18 @@ std::string name_of(Regime regime) {
 }
 
 Plan make_plan(const Device& device, Kind kind, int B, int H, bool backward, int asked) {
-  std::optional<Plan> plan;
-  if (kind != kFloat64 && (asked == -1 || asked == kLocal)) {
-    plan = local_plan(device, kind, B, H, backward);
-    // Without tensor cores W is better spread over more multiprocessors, while there are few rows.
-    const bool crowded = kind == kFloat32 && H > 128 && B <= 256;
-    if (plan && asked == -1 && crowded) plan.reset();
-  }
-  if (!plan && kind != kFloat64 && (asked == -1 || asked == kGrid)) plan = grid_plan(device, kind, B, H, backward);
-  if (!plan && (asked == -1 || asked == kStep)) plan = step_plan(device, kind, B, H, backward);
-  if (!plan) {
-    throw std::runtime_error(
-        "the regime '" + name_of(static_cast<Regime>(asked)) + "' cannot serve H = " + std::to_string(H) +
-        " in this dtype on this device");
-  }
-  return *plan;
+  const bool persistent = kind != kFloat64;
+  const auto may = [&](Regime regime) { return (asked == -1 || asked == regime) && (persistent || regime == kStep); };
+  const auto local = may(kLocal) ? local_plan(device, kind, B, H, backward) : std::nullopt;
+  // One block is best while its registers hold W, and better than nothing while its shared memory holds the rest.
+  if (local && (asked == kLocal || local->chunks_per_warp <= local->KC)) return *local;
+  if (const auto plan = may(kCluster) ? cluster_plan(device, kind, B, H, backward) : std::nullopt) return *plan;
+  if (const auto plan = may(kGrid) ? grid_plan(device, kind, B, H, backward) : std::nullopt) return *plan;
+  if (local) return *local;
+  if (may(kStep)) return step_plan(device, kind, B, H, backward);
+  throw std::runtime_error(
+      "the regime '" + name_of(static_cast<Regime>(asked)) + "' cannot serve H = " + std::to_string(H) +
+      " in this dtype on this device");
 }
 
 }  // namespace rnnkern::cuda

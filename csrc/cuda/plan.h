@@ -17,6 +17,7 @@ struct Device {
   int multiprocessors;
   int shared_bytes;  // that a block may have
   bool cooperative;  // can launch a grid whose blocks all run at once
+  bool clusters;     // of up to 16 blocks
 };
 
 struct Plan {

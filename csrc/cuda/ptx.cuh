@@ -91,6 +91,62 @@ RNNKERN_INLINE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- Clusters (compute capability 9.0 and later): blocks that write into each other's shared memory. -------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define RNNKERN_HAS_CLUSTERS 1
+#else
+#define RNNKERN_HAS_CLUSTERS 0
+#endif
+
+#if RNNKERN_HAS_CLUSTERS
+// An address of this block's shared memory, in block `rank` of the cluster.
+RNNKERN_INLINE uint32_t address_in(uint32_t shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+
+// A barrier completes a phase when everyone it counts has arrived and all bytes announced have come.
+RNNKERN_INLINE void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+RNNKERN_INLINE void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Whether the phase of this parity is complete; may sleep for a moment before it says no.
+RNNKERN_INLINE bool barrier_done(uint64_t* barrier, int parity) {
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+               " selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+
+// Stores into another block's shared memory; the barrier there counts the bytes when they have come.
+RNNKERN_INLINE void store_remote(uint32_t to, uint2 v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1, %2}, [%3];" ::"r"(to), "r"(v.x),
+               "r"(v.y), "r"(barrier)
+               : "memory");
+}
+
+RNNKERN_INLINE void store_remote(uint32_t to, uint4 v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+               : "memory");
+}
+
+RNNKERN_INLINE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+}
+#endif
+
 // ---- Tensor cores: c (16 x 8) += a (16 x k) b (k x 8), k = 16 for 16-bit values and 8 for TF32. ------------------------
 
 RNNKERN_INLINE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
