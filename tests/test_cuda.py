@@ -122,7 +122,7 @@ def test_cuda_graph_on_another_stream(monkeypatch: pytest.MonkeyPatch, regime: s
 
 def test_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RNNKERN_CUDA_REGIME", "grid")
-    ps = [moved(make_problem(200, 8, 512, torch.bfloat16, reverse=r, seed=r)) for r in (False, True)]
+    ps = [moved(make_problem(200, 8, 512, torch.bfloat16, reverse=r, seed=int(r))) for r in (False, True)]
     expected = [answers(CUDA, p) for p in ps]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in ps]
@@ -159,7 +159,7 @@ def test_unknown_regime(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_out_of_memory_leaves_the_gpu_usable() -> None:
     one = torch.ones((), device="cuda", dtype=torch.bfloat16)
     H = 1 << 14
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="new_empty|out of memory"):
         CUDA.recurrence(one.expand(1 << 12, 1 << 12, H), one.expand(1 << 12, H), one.expand(H, H), None, False, "tanh")
     p = make_problem(5, 4, 64)
     check(p, run(p))

@@ -30,11 +30,12 @@ struct ChainKernel {
   using Storage = typename P::Storage;
   using Quad = typename P::Quad;
   static constexpr int kInputs = kBackward ? 2 : 1;
+  static constexpr int kQuad = sizeof(Quad);
   static constexpr int kSlabItems = 2 * NT;  // of a lane's units, over all rows of the tile
   // k_parts where it is known: in one block tensor cores do with one warp per slab; a grid spreads W as far as it can.
   // Else 0; in a cluster at least 2.
   static constexpr int kParts = R == kGrid || R == kStep ? 8 : R == kLocal && !P::kStateInShared ? 1 : 0;
-  static constexpr int kItems = kParts == 8 ? (kSlabItems + 7) / 8 : R == kCluster ? NT : kSlabItems;  // at most, of a lane
+  static constexpr int kItems = items_per_lane(R, NT);
   static constexpr int kBatch = R == kStep ? 4 : 2;  // chunks received at a time, beyond those in registers
 
   // Whether a warp can have more chunks than its registers hold (plan.cpp).
@@ -48,6 +49,7 @@ struct ChainKernel {
   const Layout layout;
   char* const shared;
   const int lane, warp, g, q;
+  const uint32_t staged_here;
   const int slab_in_block, k_part, slab, unit, group;
   const bool inside;  // these units exist; those that do not are zeros everywhere, and stay it
   const int first_chunk, chunk_count;
@@ -70,6 +72,8 @@ struct ChainKernel {
         warp(ptx::thread() >> 5),
         g(lane >> 2),
         q(lane & 3),
+        staged_here(ptx::kept(ptx::shared_address(shared_memory) + layout.staged +
+                              (warp * kStages * kInputs * kItems * 32 + lane) * kQuad)),
         slab_in_block(warp % chain.slabs_per_block),
         k_part(kParts == 1 ? 0 : warp / chain.slabs_per_block),
         slab(ptx::block() % chain.members * chain.slabs_per_block + slab_in_block),
@@ -126,18 +130,27 @@ struct ChainKernel {
 
   // ---- Memory -------------------------------------------------------------------------------------------------------
 
-  RNNKERN_INLINE Quad* staged(int step, int input, int i) const {
-    return reinterpret_cast<Quad*>(shared + layout.staged) +
-           ((static_cast<unsigned>(step) % kStages * kInputs + input) * (kParts > 0 ? kItems : a.items) + i) * ptx::threads() + ptx::thread();
+  RNNKERN_INLINE uint32_t staged(int step, int input, int i) const {
+    return staged_here + ((static_cast<unsigned>(step) % kStages * kInputs + input) * kItems + i) * (32 * kQuad);
   }
 
-  static RNNKERN_INLINE void stage_quad(Quad* to, const char* from, bool valid) {
-    if constexpr (sizeof(Quad) <= 16) {
-      ptx::copy_async<sizeof(Quad)>(to, from, valid);
+  static RNNKERN_INLINE void stage_quad(uint32_t to, const char* from, bool valid) {
+    if constexpr (kQuad <= 16) {
+      ptx::copy_async<kQuad>(to, from, valid);
     } else {
       ptx::copy_async<16>(to, from, valid);
-      ptx::copy_async<16>(reinterpret_cast<char*>(to) + 16, from + 16, valid);
+      ptx::copy_async<16>(to + 16, from + 16, valid);
     }
+  }
+  static RNNKERN_INLINE Quad staged_quad(uint32_t from) {
+    Quad quad;
+    if constexpr (kQuad == 8) {
+      quad = ptx::load_shared8(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kQuad / 16; ++i) reinterpret_cast<uint4*>(&quad)[i] = ptx::load_shared16(from + 16 * i);
+    }
+    return quad;
   }
 
   // Starts the copies of a step's inputs, step after step. Every call is one group of copies, also past the end.
@@ -297,17 +310,29 @@ struct ChainKernel {
     bool has;
   };
 
-  RNNKERN_INLINE void forward_item(int step, int i, bool has, const Quad& z_quad, const Values& sum) {
-    Sum h[4], z[4];
-    unpack(z, z_quad);
+  // All items together: their chains of operations do not wait for each other.
+  RNNKERN_INLINE void forward_items(int step, const Quad (&inputs)[kItems][kInputs], const Values (&sums)[kItems]) {
+    Values h[kItems];
 #pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const Sum x = z[u] + sum.v[u];
-      h[u] = a.relu ? Relu::f(x) : P::tanh(x);
+    for (int i = 0; i < kItems; ++i) {
+      unpack(h[i].v, inputs[i][0]);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) h[i].v[u] += sums[i].v[u];
     }
-    if (!has && a.offsets) load_initial(h, row_of(i));
-    if (step + 1 < a.T) send(i, h);
-    finished[i] = rounded(h);
+    if (a.relu) {
+#pragma unroll
+      for (int k = 0; k < 4 * kItems; ++k) h[k >> 2].v[k & 3] = Relu::f(h[k >> 2].v[k & 3]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4 * kItems; ++k) h[k >> 2].v[k & 3] = P::tanh(h[k >> 2].v[k & 3]);
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!has_item(i)) break;
+      if (a.offsets && row_of(i) >= rows_now) load_initial(h[i].v, row_of(i));
+      if (step + 1 < a.T) send(i, h[i].v);
+      finished[i] = rounded(h[i].v);
+    }
   }
 
   RNNKERN_INLINE void backward_item(int step, int i, bool has, bool had, const Quad (&inputs)[kInputs],
@@ -366,7 +391,7 @@ struct ChainKernel {
       for (int i = 0; i < kItems; ++i) {
         if (!has_item(i)) break;
 #pragma unroll
-        for (int k = 0; k < kInputs; ++k) inputs[i][k] = *staged(step, k, i);
+        for (int k = 0; k < kInputs; ++k) inputs[i][k] = staged_quad(staged(step, k, i));
       }
     }
     const auto meanwhile = [&] {
@@ -390,15 +415,14 @@ struct ChainKernel {
       meanwhile();
     }
     Gradients gradients[kBackward ? kItems : 1];
+    if constexpr (kBackward) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (!has_item(i)) break;
-      const bool has = row_of(i) < rows_now;
-      if constexpr (kBackward) {
-        backward_item(step, i, has, row_of(i) < rows_before, inputs[i], sums[i], gradients[i]);
-      } else {
-        forward_item(step, i, has, inputs[i][0], sums[i]);
+      for (int i = 0; i < kItems; ++i) {
+        if (!has_item(i)) break;
+        backward_item(step, i, row_of(i) < rows_now, row_of(i) < rows_before, inputs[i], sums[i], gradients[i]);
       }
+    } else {
+      forward_items(step, inputs, sums);
     }
     if (step + (kBackward ? 0 : 1) < a.T) exchange.published();
     if (kBackward && a.partials && step < a.T) {

@@ -43,7 +43,6 @@ struct Chain {
   // slabs_per_block x k_parts warps holds slabs_per_block slabs of W, each divided among k_parts warps by chunks of k.
   int members, groups, tiles;  // tiles: of 8 NT rows, dealt out to the groups
   int slabs_per_block, k_parts;
-  int items;  // of a lane, at most
   int chunks, chunks_per_warp;  // chunks of k in all, and of one warp
   int state_chunks;             // that a stored state has room for
 };

@@ -41,6 +41,7 @@ struct Exchange {
   char* ring;          // kGrid, kStep: this group's, or this tile's
   const int state_bytes;
   const int own;               // where this lane's units of its first row lie in a state
+  const uint32_t state_here;   // kLocal, kCluster: the address of `shared`
   const bool read_by_someone;  // units beyond the last chunk are padding
   int sent = 0;      // states
   uint64_t* const arrivals;  // kCluster: a barrier for each buffer
@@ -57,6 +58,7 @@ struct Exchange {
         ring(chain.ring),
         state_bytes(chain.state_chunks * NT * kTileBytes),
         own(offset_of(unit, lane_ & 3)),
+        state_here(ptx::kept(ptx::shared_address(shared_memory))),
         arrivals(reinterpret_cast<uint64_t*>(barriers)),
         read_by_someone(own < chain.chunks * NT * kTileBytes) {}
 
@@ -71,9 +73,10 @@ struct Exchange {
     const int byte = unit * static_cast<int>(sizeof(typename P::Storage));
     return byte / kChunkBytes * NT * kTileBytes + q * kChunkBytes + byte % kChunkBytes;
   }
+  static RNNKERN_INLINE int in_state(int j) { return (j >> 1) * kTileBytes + (j & 1) * 4 * kChunkBytes; }
   // The slab's item j of this lane: row 2q + j % 2 of tile j / 2.
   RNNKERN_INLINE char* item(int n, int j) const {
-    return slot(n) + own + (j >> 1) * kTileBytes + (j & 1) * 4 * kChunkBytes;
+    return slot(n) + own + in_state(j);
   }
 
   RNNKERN_INLINE void begin() {
@@ -122,11 +125,14 @@ struct Exchange {
       ptx::store_relaxed(item(sent, j), quad);
     } else if constexpr (R == kCluster) {
 #if RNNKERN_HAS_CLUSTERS
-      const uint32_t here = ptx::shared_address(item(sent, j)), barrier = ptx::shared_address(arrivals + (sent & 1));
+      const uint32_t here = state_here + (sent & 1) * state_bytes + own + in_state(j);
+      const uint32_t barrier = ptx::shared_address(arrivals + (sent & 1));
       for (int rank = 0; rank < a.members; ++rank) {
         ptx::store_remote(ptx::address_in(here, rank), quad, ptx::address_in(barrier, rank));
       }
 #endif
+    } else if constexpr (R == kLocal) {
+      ptx::store_shared(state_here + (sent & 1) * state_bytes + own + in_state(j), quad);
     } else {
       *reinterpret_cast<typename P::Quad*>(item(sent, j)) = quad;
     }
@@ -166,14 +172,15 @@ struct Exchange {
   // Chunks first .. first + count (at most N, the others are zeros) of the latest state. False if they never came.
   template <int N>
   RNNKERN_INLINE bool receive(Arrival<N>& arrival, int nt, int first, int count) {
-    const char* const from = slot(received) + (first * NT + nt) * kTileBytes + place_of_row(lane >> 2) * kChunkBytes +
-                             16 * (lane & 3);
+    const int place = (first * NT + nt) * kTileBytes + place_of_row(lane >> 2) * kChunkBytes + 16 * (lane & 3);
+    const char* const from = slot(received) + place;
 #pragma unroll
     for (int c = 0; c < N; ++c) {
       const char* const chunk = from + c * NT * kTileBytes;
       // In shared memory there is room for all chunks of all registers, and what no block sends is zeros.
       if (!P::kStateInShared && (R == kLocal || R == kCluster)) {
-        arrival.v[c] = *reinterpret_cast<const uint4*>(chunk);
+        arrival.v[c] =
+            ptx::load_shared16(state_here + (received & 1) * state_bytes + place + c * NT * kTileBytes);
         continue;
       }
       arrival.v[c] = uint4{0, 0, 0, 0};
@@ -198,10 +205,10 @@ struct Exchange {
   // Until the chunk is there.
   RNNKERN_INLINE bool wait(uint4& v, const char* chunk) const {
     const long long deadline = ptx::nanoseconds() + a.patience;
-    do {
+    while (!ptx::any(ptx::nanoseconds() > deadline)) {
       v = ptx::load_relaxed(chunk);
       if (!ptx::any(missing(v))) return true;
-    } while (!ptx::any(ptx::nanoseconds() > deadline));
+    }
     return false;
   }
 
@@ -215,11 +222,11 @@ struct Exchange {
     if constexpr (R == kCluster) {
       uint64_t* const barrier = arrivals + (received & 1);
       const int parity = received >> 1 & 1;
-      if (!ptx::barrier_done(barrier, parity)) {
+      if (!ptx::barrier_test(barrier, parity)) {
         const long long deadline = ptx::nanoseconds() + a.patience;
-        while (!ptx::barrier_done(barrier, parity)) {
+        do {
           if (ptx::nanoseconds() > deadline) return false;
-        }
+        } while (!ptx::barrier_done(barrier, parity));
       }
       // The next state of this buffer may begin to arrive before it is announced here: its phase waits for this arrival.
       if (ptx::thread() == 0) ptx::barrier_expect(barrier, sent_bytes());

@@ -39,22 +39,6 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-Device facts_of(int device) {
-  constexpr int kDevices = 64;
-  static Device known[kDevices];
-  static std::once_flag asked[kDevices];
-  if (device >= kDevices) throw std::runtime_error("more than 64 devices");
-  std::call_once(asked[device], [&] {
-    known[device] = {
-        attribute(cudaDevAttrMultiProcessorCount, device),
-        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        attribute(cudaDevAttrCooperativeLaunch, device) != 0,
-        attribute(cudaDevAttrClusterLaunch, device) != 0,
-    };
-  });
-  return known[device];
-}
-
 Kernel kernel_of(const Job& job, const Plan& plan) {
   const KernelTable& table = table_of(job.kind);
   const Kernel kernel = job.backward ? table.backward(plan) : table.forward(plan);
@@ -78,10 +62,6 @@ struct LaunchConfig {
 
   LaunchConfig(Kernel kernel, const Plan& plan, cudaStream_t stream) : function(reinterpret_cast<const void*>(kernel)) {
     allow_shared_memory(kernel, plan);
-    if (plan.members > 8) {
-      check(
-          cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters of 16 blocks");
-    }
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = plan.members;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -94,6 +74,39 @@ struct LaunchConfig {
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };
+
+Device facts_of(int device) {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  static std::once_flag asked[kDevices];
+  if (device >= kDevices) throw std::runtime_error("more than 64 devices");
+  std::call_once(asked[device], [&] {
+    known[device] = {
+        attribute(cudaDevAttrMultiProcessorCount, device),
+        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        attribute(cudaDevAttrCooperativeLaunch, device) != 0,
+        {0, 0, 0},
+    };
+    if (attribute(cudaDevAttrClusterLaunch, device) == 0) return;
+    for (int i = 0; i < 3; ++i) {
+      // Any kernel that has a multiprocessor to itself; a part of a GPU may have too few side by side.
+      Plan plan{};
+      plan.regime = kCluster;
+      plan.KC = 8;
+      plan.NT = 1;
+      plan.slabs_per_block = plan.groups = 1;
+      plan.k_parts = 8;
+      plan.members = 2 << i;
+      plan.shared_bytes = known[device].shared_bytes;
+      LaunchConfig config(kBFloat16Kernels.forward(plan), plan, nullptr);
+      if (cudaOccupancyMaxActiveClusters(&known[device].clusters[i], config.function, &config.config) != cudaSuccess) {
+        known[device].clusters[i] = 0;
+        cudaGetLastError();
+      }
+    }
+  });
+  return known[device];
+}
 
 // A word of host memory that kernels write when a wait has run out: (regime + 1) << 56 | block << 32 | step.
 std::atomic<unsigned long long*> failure_word{nullptr};
@@ -143,18 +156,7 @@ Plan plan_for(const Job& job, int device, int asked) {
   const auto plan_on = [&](const Device& some, int regime) {
     return make_plan(some, job.kind, job.chain.B, job.chain.H, job.backward, regime);
   };
-  Plan plan = plan_on(facts, asked);
-  if (plan.regime == kCluster) {
-    // A part of a GPU may have too few multiprocessors side by side.
-    LaunchConfig config(kernel_of(job, plan), plan, nullptr);
-    int clusters = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, config.function, &config.config);
-    if (error == cudaSuccess && clusters > 0) return plan;
-    cudaGetLastError();
-    Device without = facts;
-    without.clusters = false;
-    plan = plan_on(without, asked);
-  }
+  const Plan plan = plan_on(facts, asked);
   if (plan.regime == kGrid) {
     // Waiting for blocks that cannot run is a deadlock: ask how many can, under MPS or on a part of a GPU fewer.
     const Kernel kernel = kernel_of(job, plan);
@@ -215,7 +217,6 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
   chain.tiles = plan.tiles;
   chain.slabs_per_block = plan.slabs_per_block;
   chain.k_parts = plan.k_parts;
-  chain.items = (2 * plan.NT + plan.k_parts - 1) / plan.k_parts;
   chain.chunks = plan.chunks;
   chain.state_chunks = plan.state_chunks;
   chain.chunks_per_warp = plan.chunks_per_warp;

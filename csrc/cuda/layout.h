@@ -19,7 +19,7 @@ constexpr int kPackedBytes = 4 * kTileBytes;     // a chunk of a slab of W: four
 
 // Byte offsets into a block's shared memory.
 struct Layout {
-  int staged;   // inputs: kStages x inputs x items x threads, of four units
+  int staged;   // inputs: warps x kStages x inputs x items x lanes, of four units
   int reduced;  // unless one warp sums over all k: 2 x warps x items x lanes, of four sums
   int state;    // kLocal, kCluster: two states;  else two chunks per warp, where the product needs them there
   int weights;  // warps x chunks beyond the registers
@@ -27,11 +27,16 @@ struct Layout {
   int total;
 };
 
+// Items (four units of a row) that a lane may have at most in a step: plan.cpp chooses k_parts so that these suffice.
+RNNKERN_BOTH constexpr int items_per_lane(Regime regime, int NT) {
+  return regime == kLocal ? 2 * NT : regime == kCluster ? NT : (2 * NT + 7) / 8;
+}
+
 RNNKERN_BOTH constexpr Layout make_layout(
     Regime regime, int slabs_per_block, int k_parts, int state_chunks, int chunks_per_warp, int KC, int NT, int value_bytes,
     bool double_sums, bool state_in_shared, bool backward) {
   const int warps = slabs_per_block * k_parts;
-  const int items = (2 * NT + k_parts - 1) / k_parts;
+  const int items = items_per_lane(regime, NT);
   const bool through_memory = regime == kGrid || regime == kStep;
   const int beyond = chunks_per_warp > KC && regime != kStep ? chunks_per_warp - KC : 0;
   Layout layout{};

@@ -43,28 +43,30 @@ std::optional<Plan> local_plan(const Device& device, Kind kind, int B, int H, bo
   return plan;
 }
 
-// The blocks of a cluster hold W; clusters share nothing, so there may be more of them than can run at once.
+// The blocks of a cluster hold W in their registers; clusters share nothing, so there may be more than run at once.
+// The largest cluster that leaves room for all tiles to run side by side has the shortest step; where none does, the
+// smallest has the most room.
 std::optional<Plan> cluster_plan(const Device& device, Kind kind, int B, int H, bool backward) {
-  if (!device.clusters) return {};
-  Plan plan{};
-  plan.regime = kCluster;
-  plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
   const int slabs = ceil_div(H, kSlab), tiles = ceil_div(B, kRows);
-  // The smallest cluster whose warps keep all of W in registers; else the largest.
-  for (int members = getenv("RK_MIN") ? atoi(getenv("RK_MIN")) : 2; members <= 16; members *= 2) {
-    plan.members = members;
-    plan.slabs_per_block = ceil_div(slabs, members);
-    plan.k_parts = plan.slabs_per_block <= 1 ? 8 : plan.slabs_per_block <= 2 ? 4 : 2;
+  std::optional<Plan> best;
+  for (int i = 0; i < 3; ++i) {
+    Plan plan{};
+    plan.regime = kCluster;
+    plan.members = 2 << i;
+    plan.slabs_per_block = ceil_div(slabs, plan.members);
+    if (plan.slabs_per_block > 4 || plan.members > slabs || device.clusters[i] == 0) continue;
+    plan.k_parts = plan.slabs_per_block == 1 ? 8 : plan.slabs_per_block == 2 ? 4 : 2;
+    plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
     plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
-    if (plan.slabs_per_block <= 4 && plan.chunks_per_warp <= 8) break;
+    plan.KC = registers_for(plan.chunks_per_warp);
+    if (plan.chunks_per_warp > plan.KC) continue;
+    const bool side_by_side = tiles <= device.clusters[i];
+    if (best && !side_by_side) break;
+    plan.NT = side_by_side ? 1 : 2;
+    plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
+    if (fits(plan, device, kind, backward)) best = plan;
   }
-  if (plan.slabs_per_block > 4) return {};
-  plan.KC = registers_for(plan.chunks_per_warp);
-  plan.NT = tiles * plan.members > device.multiprocessors ? 2 : 1;
-  if (plan.NT == 2 && !fits(plan, device, kind, backward)) plan.NT = 1;
-  plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
-  if (!fits(plan, device, kind, backward)) return {};
-  return plan;
+  return best;
 }
 
 // Each block holds one slab, k divided among its warps; as many groups as can run at once.
@@ -124,9 +126,15 @@ Plan make_plan(const Device& device, Kind kind, int B, int H, bool backward, int
   const bool persistent = kind != kFloat64;
   const auto may = [&](Regime regime) { return (asked == -1 || asked == regime) && (persistent || regime == kStep); };
   const auto local = may(kLocal) ? local_plan(device, kind, B, H, backward) : std::nullopt;
-  // One block is best while its registers hold W, and better than nothing while its shared memory holds the rest.
-  if (local && (asked == kLocal || local->chunks_per_warp <= local->KC)) return *local;
-  if (const auto plan = may(kCluster) ? cluster_plan(device, kind, B, H, backward) : std::nullopt) return *plan;
+  const auto cluster = may(kCluster) ? cluster_plan(device, kind, B, H, backward) : std::nullopt;
+  // Measured on an H100 (benchmarks/results/h100): one block is best up to H = 128 and, without tensor cores, 64. Beyond,
+  // it is best only where clusters would have to take turns and its registers hold W.
+  if (local && (!cluster || H <= (tensor_cores(kind) ? 128 : 64))) {
+    if (asked == kLocal || local->chunks_per_warp <= local->KC) return *local;
+  }
+  if (local && local->chunks_per_warp <= local->KC && cluster && cluster->NT > 1) return *local;
+  // Multiply-adds want more multiprocessors for a row than a cluster has.
+  if (cluster && (asked == kCluster || tensor_cores(kind) || H <= 256)) return *cluster;
   if (const auto plan = may(kGrid) ? grid_plan(device, kind, B, H, backward) : std::nullopt) return *plan;
   if (local) return *local;
   if (may(kStep)) return step_plan(device, kind, B, H, backward);

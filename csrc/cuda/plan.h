@@ -17,7 +17,7 @@ struct Device {
   int multiprocessors;
   int shared_bytes;  // that a block may have
   bool cooperative;  // can launch a grid whose blocks all run at once
-  bool clusters;     // of up to 16 blocks
+  int clusters[3];   // of 2, 4, 8 blocks with a multiprocessor each: how many run at once
 };
 
 struct Plan {

@@ -28,6 +28,38 @@ RNNKERN_INLINE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// ---- Shared memory by its 32-bit address: kept in a register, where a pointer would be made anew at every use. ------------
+
+RNNKERN_INLINE uint4 load_shared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+RNNKERN_INLINE uint2 load_shared8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+RNNKERN_INLINE void store_shared(uint32_t address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+
+RNNKERN_INLINE void store_shared(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// The same value, which the compiler then keeps instead of computing it again.
+RNNKERN_INLINE uint32_t kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- Global memory that other blocks write while this kernel runs: relaxed accesses at gpu scope, past the L1. -------
 
 RNNKERN_INLINE uint4 load_relaxed(const void* global) {
@@ -69,15 +101,15 @@ RNNKERN_INLINE long long nanoseconds() {
 // ---- Copies from global to shared memory that this thread alone waits for. Where not `valid`, zeros are written. ------
 
 template <int kBytes>
-RNNKERN_INLINE void copy_async(void* shared, const void* global, bool valid) {
+RNNKERN_INLINE void copy_async(uint32_t shared, const void* global, bool valid) {
   static_assert(kBytes == 8 || kBytes == 16);
   const int source_bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
                  "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared),
                  "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
                  : "memory");
   }
@@ -118,7 +150,18 @@ RNNKERN_INLINE void barrier_expect(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
-// Whether the phase of this parity is complete; may sleep for a moment before it says no.
+// Whether the phase of this parity is complete.
+RNNKERN_INLINE bool barrier_test(uint64_t* barrier, int parity) {
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+               " selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+
+// The same; may sleep for a moment before it says no.
 RNNKERN_INLINE bool barrier_done(uint64_t* barrier, int parity) {
   uint32_t done;
   asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
