@@ -20,6 +20,7 @@
 #include "cuda/chain.h"
 #include "cuda/exchange.cuh"
 #include "cuda/product.cuh"
+#include "cuda/squares.cuh"
 
 namespace rnnkern::cuda {
 
@@ -36,6 +37,8 @@ struct ChainKernel {
   // Else 0; in a cluster at least 2.
   static constexpr int kParts = R == kGrid || R == kStep ? 8 : R == kLocal && !P::kStateInShared ? 1 : 0;
   static constexpr int kItems = items_per_lane(R, NT);
+  // Steps that inputs are staged ahead. Where another warp reads them too, a slot rests for a step before it is reused.
+  static constexpr int kAhead = R == kLocal ? kStages : kStages - 2;
   static constexpr int kBatch = R == kStep ? 4 : 2;  // chunks received at a time, beyond those in registers
 
   // Whether a warp can have more chunks than its registers hold (plan.cpp).
@@ -112,11 +115,10 @@ struct ChainKernel {
   // The lane's i-th item is the j-th of its slab: four units of row 8 (j / 2) + 2q + j % 2 of the tile.
   RNNKERN_INLINE int slab_item(int i) const { return kParts == 1 ? i : k_part + i * k_parts(); }
   RNNKERN_INLINE bool has_item(int i) const { return kParts == 1 || slab_item(i) < kSlabItems; }
-  RNNKERN_INLINE int row_beyond(int i) const {  // the lane's first
-    const int j = slab_item(i);
-    return (j >> 1) * kRows + (j & 1);
-  }
+  static RNNKERN_INLINE int row_of_item(int j) { return (j >> 1) * kRows + (j & 1); }  // after the lane's first
+  RNNKERN_INLINE int row_beyond(int i) const { return row_of_item(slab_item(i)); }
   RNNKERN_INLINE int row_of(int i) const { return first_row + row_beyond(i); }
+
   static RNNKERN_INLINE void unpack(Sum (&v)[4], const Quad& quad) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = P::load(reinterpret_cast<const Storage*>(&quad)[i]);
@@ -287,20 +289,17 @@ struct ChainKernel {
     return true;
   }
 
-  // Adds the parts of the lane's items, in order.
-  RNNKERN_INLINE void add_parts(Values (&items)[kItems]) const {
+  // Adds the parts of the slab's item j, in order.
+  RNNKERN_INLINE Values add_parts(int j) const {
+    Values sum = *reduced(0, j);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (!has_item(i)) break;
-      items[i] = *reduced(0, slab_item(i));
+    for (int part = 1; part < (kParts > 0 ? kParts : 8); ++part) {
+      if (kParts == 0 && part >= k_parts()) break;
+      const Values more = *reduced(part, j);
 #pragma unroll
-      for (int part = 1; part < (kParts > 0 ? kParts : 8); ++part) {
-        if (kParts == 0 && part >= k_parts()) break;
-        const Values more = *reduced(part, slab_item(i));
-#pragma unroll
-        for (int u = 0; u < 4; ++u) items[i].v[u] += more.v[u];
-      }
+      for (int u = 0; u < 4; ++u) sum.v[u] += more.v[u];
     }
+    return sum;
   }
 
   // ---- A step ---------------------------------------------------------------------------------------------------------
@@ -335,56 +334,62 @@ struct ChainKernel {
     }
   }
 
-  RNNKERN_INLINE void backward_item(int step, int i, bool has, bool had, const Quad (&inputs)[kInputs],
-                                    const Values& sum, Gradients& gradients) {
+  RNNKERN_INLINE Gradients gradients_of(int row, const Quad (&inputs)[kInputs], const Values& sum) const {
+    Gradients gradients;
     Sum e[4], h[4];
     unpack(e, inputs[0]);
     unpack(h, inputs[kInputs - 1]);
-    Sum(&r)[4] = gradients.r.v, (&delta)[4] = gradients.delta.v;
+    gradients.has = row < rows_now;
     gradients.r = sum;
-    if (!had) load_initial(r, row_of(i));
+    if (row >= rows_before) load_initial(gradients.r.v, row);
+    const Sum limit = static_cast<Sum>(a.clip);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const Sum x = gradients.total.v[u] = e[u] + r[u];
-      const Sum limit = static_cast<Sum>(a.clip);
+      const Sum x = gradients.total.v[u] = e[u] + gradients.r.v[u];
       const Sum clamped = x > limit ? limit : x < -limit ? -limit : x;  // NaN stays NaN
-      delta[u] = a.relu ? Relu::times_derivative(clamped, h[u]) : Tanh::times_derivative(clamped, h[u]);
-      if (!has) delta[u] = 0;
+      const Sum delta = a.relu ? Relu::times_derivative(clamped, h[u]) : Tanh::times_derivative(clamped, h[u]);
+      gradients.delta.v[u] = gradients.has ? delta : Sum(0);
     }
-    gradients.has = has;
-    if (step < a.T) send(i, delta);
-    finished[i] = rounded(delta);
-    if (had && !has && inside) {  // grad_h0
-      *reinterpret_cast<Quad*>(a.final_.data + row_of(i) * a.final_.row_stride + unit * sizeof(Storage)) = rounded(r);
+    return gradients;
+  }
+
+  RNNKERN_INLINE void backward_item(int step, int i, const Gradients& gradients) {
+    const int row = row_of(i);
+    if (step < a.T) send(i, gradients.delta.v);
+    finished[i] = rounded(gradients.delta.v);
+    if (row < rows_before && !gradients.has && inside) {  // grad_h0
+      *reinterpret_cast<Quad*>(a.final_.data + row * a.final_.row_stride + unit * sizeof(Storage)) =
+          rounded(gradients.r.v);
     }
   }
 
-  // Sums of squares over the slab's units, in float64: the squares of small gradients leave float32's range.
+  // Where half of a slab's warps have no item, they sum the statistics of the others' items, and nobody waits for that.
+  RNNKERN_INLINE bool has_helpers() const { return divided() && R != kLocal && k_parts() >= 2 * kSlabItems; }
+
+  RNNKERN_INLINE void help(int step) const {
+    const int j = k_part - kSlabItems;
+    if (j < 0 || j >= kSlabItems) return;
+    const int distance = (warp - (j * a.slabs_per_block + slab_in_block)) * kStages * kInputs * kItems * 32 * kQuad;
+    Quad inputs[kInputs];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) inputs[k] = staged_quad(staged(step, k, 0) - distance);
+    const int row = first_row + row_of_item(j);
+    statistics(step, row, gradients_of(row, inputs, add_parts(j)));
+  }
+
+  // Writes a row's sums of squares over the slab's units, as float64: those of small gradients leave float32's range.
   RNNKERN_INLINE void statistics(int step, int row, const Gradients& gradients) const {
-    double squares[3] = {0, 0, 0};
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const double total = gradients.total.v[u], r = gradients.r.v[u], delta = gradients.delta.v[u];
-      squares[0] = fma(total, total, squares[0]);
-      squares[1] = fma(r, r, squares[1]);
-      squares[2] = fma(delta, delta, squares[2]);
-    }
-#pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) {
-#pragma unroll
-      for (int k = 0; k < 3; ++k) squares[k] += ptx::shuffle_xor(squares[k], mask);
-    }
-    if (g < 3 && row < a.B) {  // lane (g, q) writes the g-th
+    const double square = sum_of_squares(gradients.total.v, gradients.r.v, gradients.delta.v);
+    if (g < 3 && row < a.B) {
       const int64_t slabs = a.members * a.slabs_per_block;
-      double* const to = a.partials + ((time_of(step) * slabs + slab) * 3 + g) * a.B + row;
-      *to = gradients.has ? (g == 0 ? squares[0] : g == 1 ? squares[1] : squares[2]) : 0.0;
+      a.partials[((time_of(step) * slabs + slab) * 3 + g) * a.B + row] = gradients.has ? square : 0.0;
     }
   }
 
   RNNKERN_INLINE bool step(int step, bool multiply) {
     rows_before = rows_now;
     rows_now = step < a.T ? rows_of(step) : 0;
-    ptx::wait_copies<kStages - 1>();
+    ptx::wait_copies<kAhead - 1>();
     Quad inputs[kItems][kInputs];
     if (step < a.T) {
 #pragma unroll
@@ -396,7 +401,7 @@ struct ChainKernel {
     }
     const auto meanwhile = [&] {
       if (step > a.first_step) store_finished(step - 1, rows_before);
-      stage(step + kStages);
+      stage(step + kAhead);
     };
     Values sums[kItems] = {};
     if (multiply) {
@@ -408,7 +413,13 @@ struct ChainKernel {
       if (divided()) {
         ptx::sync_block();
         if (R == kCluster && exchange.flag(products) != 0) return false;  // all warps together
-        add_parts(sums);
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          if (has_item(i)) sums[i] = add_parts(slab_item(i));
+        }
+        if constexpr (kBackward && R != kLocal) {
+          if (a.partials && has_helpers() && step < a.T) help(step);
+        }
       }
       ++products;
     } else {
@@ -419,13 +430,14 @@ struct ChainKernel {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         if (!has_item(i)) break;
-        backward_item(step, i, row_of(i) < rows_now, row_of(i) < rows_before, inputs[i], sums[i], gradients[i]);
+        gradients[i] = gradients_of(row_of(i), inputs[i], sums[i]);
+        backward_item(step, i, gradients[i]);
       }
     } else {
       forward_items(step, inputs, sums);
     }
     if (step + (kBackward ? 0 : 1) < a.T) exchange.published();
-    if (kBackward && a.partials && step < a.T) {
+    if (kBackward && a.partials && step < a.T && !(multiply && has_helpers())) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         if (has_item(i)) statistics(step, row_of(i), gradients[kBackward ? i : 0]);
@@ -448,8 +460,8 @@ struct ChainKernel {
     states = kBackward ? first_of(a.states, inside_time) : nullptr;
     output = first_of(a.output, inside_time);
     rows_now = a.first_step > 0 ? rows_of(a.first_step - 1) : 0;
-    // step() lets the kStages - 1 latest groups fly: those of the steps after its own.
-    for (int s = a.first_step; s < a.first_step + kStages; ++s) stage(s);
+    // step() lets the kAhead - 1 latest groups fly: those of the steps after its own.
+    for (int s = a.first_step; s < a.first_step + kAhead; ++s) stage(s);
     if (!kBackward && a.sends_initial) {  // the state before the first step
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
