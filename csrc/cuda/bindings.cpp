@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 
@@ -127,7 +128,7 @@ void run(const Job& job, const Tensor& like) {
   const Plan plan = plan_for(job, device, asked_regime());
   const Shape bytes{static_cast<int64_t>(workspace_of(job, plan).total)};
   const Tensor workspace = torch::stable::new_empty(like, bytes, torch::headeronly::ScalarType::Byte);
-  rnnkern::cuda::launch(job, plan, static_cast<char*>(workspace.data_ptr()), device, stream);
+  rnnkern::cuda::launch(job, plan, static_cast<char*>(workspace.data_ptr()), stream);
 }
 
 void launch_forward(

@@ -68,15 +68,18 @@ struct ChainKernel {
 
   RNNKERN_INLINE ChainKernel(const Chain& chain, char* shared_memory)
       : a(chain),
-        layout(make_layout(R, chain.slabs_per_block, chain.k_parts, chain.state_chunks, chain.chunks_per_warp, KC, NT,
-                           sizeof(Storage), sizeof(Sum) == 8, P::kStateInShared, kBackward)),
+        layout(make_layout(
+            R, chain.slabs_per_block, chain.k_parts, chain.state_chunks, chain.chunks_per_warp, KC, NT, sizeof(Storage),
+            sizeof(Sum) == 8, P::kStateInShared, kBackward)),
         shared(shared_memory),
         lane(ptx::thread() & 31),
         warp(ptx::thread() >> 5),
         g(lane >> 2),
         q(lane & 3),
-        staged_here(ptx::kept(ptx::shared_address(shared_memory) + layout.staged +
-                              (warp * kStages * kInputs * kItems * 32 + lane) * kQuad)),
+        staged_here(
+            ptx::kept(
+                ptx::shared_address(shared_memory) + layout.staged +
+                (warp * kStages * kInputs * kItems * 32 + lane) * kQuad)),
         slab_in_block(warp % chain.slabs_per_block),
         k_part(kParts == 1 ? 0 : warp / chain.slabs_per_block),
         slab(ptx::block() % chain.members * chain.slabs_per_block + slab_in_block),
@@ -85,8 +88,7 @@ struct ChainKernel {
         inside(unit < chain.H),
         first_chunk(k_part * chain.chunks_per_warp),
         chunk_count(max(0, min(chain.chunks_per_warp, chain.chunks - first_chunk))),
-        exchange(chain, group, warp, lane, unit, shared_memory + layout.state,
-                 shared_memory + layout.arrivals) {}
+        exchange(chain, group, warp, lane, unit, shared_memory + layout.state, shared_memory + layout.arrivals) {}
 
   RNNKERN_INLINE int k_parts() const { return kParts > 0 ? kParts : a.k_parts; }
   // Whether sums go through shared memory.

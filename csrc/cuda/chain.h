@@ -20,20 +20,20 @@ struct Rows {
 };
 
 struct Chain {
-  const char* weights;  // W (or its transpose), packed by pack.cu: slab by slab, chunk by chunk
-  Rows input;           // forward: z;  backward: grad_h
-  Rows states;          // backward: h
-  Rows output;          // forward: h;  backward: delta
-  Rows initial;         // (B, H): forward h0;  backward grad_hn, or null for zeros
-  Rows final_;          // (B, H): backward grad_h0
+  const char* weights;     // W (or its transpose), packed by pack.cu: slab by slab, chunk by chunk
+  Rows input;              // forward: z;  backward: grad_h
+  Rows states;             // backward: h
+  Rows output;             // forward: h;  backward: delta
+  Rows initial;            // (B, H): forward h0;  backward grad_hn, or null for zeros
+  Rows final_;             // (B, H): backward grad_h0
   const int64_t* offsets;  // (T + 1): the first row of each step of a packed sequence; null where every step has B rows
   double* partials;        // (T, members x slabs_per_block, 3, B): what each slab adds to the statistics, or null
   char* ring;              // kGrid: groups x kRingSlots states;  kStep: 2 x tiles states
   unsigned long long* error;  // a word of the host's: what ran out of patience, or 0
   int64_t patience;           // of a wait, in nanoseconds
-  int T, B, H;  // H is a multiple of 4 and every row begins at a multiple of 16 bytes, or of four units
+  int T, B, H;                // H is a multiple of 4 and every row begins at a multiple of 16 bytes, or of four units
   int first_step, last_step;  // [first, last) of T (backward: of T + 1) in processing order; all but in kStep
-  int last_input;                // the same for the inputs: at most T
+  int last_input;             // the same for the inputs: at most T
   bool sends_initial;         // forward: begins with h0, and not with a state that an earlier launch has sent
   int sent;                   // kStep: states sent by earlier launches
   bool backward_in_time;      // the first step in processing order is the last in time

@@ -37,19 +37,20 @@ template <class P, Regime R, int NT>
 struct Exchange {
   const Chain& a;
   const int warp, lane, group;
-  char* const shared;  // kLocal, kCluster: the two states;  else: two chunks per warp, where the product needs s in shared memory
-  char* ring;          // kGrid, kStep: this group's, or this tile's
+  char* const
+      shared;  // kLocal, kCluster: the two states;  else: two chunks per warp, where the product needs s in shared memory
+  char* ring;  // kGrid, kStep: this group's, or this tile's
   const int state_bytes;
   const int own;               // where this lane's units of its first row lie in a state
   const uint32_t state_here;   // kLocal, kCluster: the address of `shared`
   const bool read_by_someone;  // units beyond the last chunk are padding
-  int sent = 0;      // states
-  uint64_t* const arrivals;  // kCluster: a barrier for each buffer
-  int received = 0;  // the number of the latest state that the product has taken
-  int turn = 0;  // of a warp's two chunks
+  int sent = 0;                // states
+  uint64_t* const arrivals;    // kCluster: a barrier for each buffer
+  int received = 0;            // the number of the latest state that the product has taken
+  int turn = 0;                // of a warp's two chunks
 
-  RNNKERN_INLINE Exchange(const Chain& chain, int group_, int warp_, int lane_, int unit, char* shared_memory,
-                          char* barriers)
+  RNNKERN_INLINE Exchange(
+      const Chain& chain, int group_, int warp_, int lane_, int unit, char* shared_memory, char* barriers)
       : a(chain),
         warp(warp_),
         lane(lane_),
@@ -75,9 +76,7 @@ struct Exchange {
   }
   static RNNKERN_INLINE int in_state(int j) { return (j >> 1) * kTileBytes + (j & 1) * 4 * kChunkBytes; }
   // The slab's item j of this lane: row 2q + j % 2 of tile j / 2.
-  RNNKERN_INLINE char* item(int n, int j) const {
-    return slot(n) + own + in_state(j);
-  }
+  RNNKERN_INLINE char* item(int n, int j) const { return slot(n) + own + in_state(j); }
 
   RNNKERN_INLINE void begin() {
     if constexpr (R == kLocal || R == kCluster) {
@@ -179,8 +178,7 @@ struct Exchange {
       const char* const chunk = from + c * NT * kTileBytes;
       // In shared memory there is room for all chunks of all registers, and what no block sends is zeros.
       if (!P::kStateInShared && (R == kLocal || R == kCluster)) {
-        arrival.v[c] =
-            ptx::load_shared16(state_here + (received & 1) * state_bytes + place + c * NT * kTileBytes);
+        arrival.v[c] = ptx::load_shared16(state_here + (received & 1) * state_bytes + place + c * NT * kTileBytes);
         continue;
       }
       arrival.v[c] = uint4{0, 0, 0, 0};
@@ -253,9 +251,10 @@ struct Exchange {
 
   RNNKERN_INLINE void give_up(int step) const {
     if (lane == 0) {
-      ptx::tell_host(a.error, static_cast<unsigned long long>(R + 1) << 56 |
-                                  static_cast<unsigned long long>(ptx::block() & 0xffffff) << 32 |
-                                  static_cast<unsigned long long>(step));
+      ptx::tell_host(
+          a.error, static_cast<unsigned long long>(R + 1) << 56 |
+                       static_cast<unsigned long long>(ptx::block() & 0xffffff) << 32 |
+                       static_cast<unsigned long long>(step));
     }
   }
 };

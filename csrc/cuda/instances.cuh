@@ -9,9 +9,8 @@ namespace rnnkern::cuda {
 
 template <class P, Regime R, bool kBackward, int KC, int NT>
 __global__ void __launch_bounds__(256, 1) chain_kernel(const __grid_constant__ Chain chain) {
-  extern __shared__ __align__(16) char shared_memory[];
   if constexpr (R != kCluster || RNNKERN_HAS_CLUSTERS) {
-    ChainKernel<P, R, kBackward, KC, NT>(chain, shared_memory).run();
+    ChainKernel<P, R, kBackward, KC, NT>(chain, ptx::shared_memory()).run();
   }
 }
 
@@ -49,9 +48,10 @@ Kernel by_plan(const Plan& plan) {
 template <class P>
 void pack(char* packed, const Matrix& w, bool transposed, int H, int slabs, int chunks, cudaStream_t stream) {
   const int64_t vectors = static_cast<int64_t>(slabs) * chunks * (kPackedBytes / 16);
-  pack_kernel<P><<<static_cast<unsigned>((vectors + 255) / 256), 256, 0, stream>>>(
-      reinterpret_cast<uint4*>(packed), static_cast<const typename P::Storage*>(w.data),
-      transposed ? w.column_stride : w.row_stride, transposed ? w.row_stride : w.column_stride, H, chunks, vectors);
+  ptx::launch(
+      pack_kernel<P>, (vectors + 255) / 256, 256, stream, reinterpret_cast<uint4*>(packed),
+      static_cast<const typename P::Storage*>(w.data), transposed ? w.column_stride : w.row_stride,
+      transposed ? w.row_stride : w.column_stride, H, chunks, vectors);
 }
 
 template <class P>

@@ -1,6 +1,5 @@
 #include "cuda/launch.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -119,7 +118,8 @@ unsigned long long* failure_word_on_device() {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
     void* word = nullptr;
-    const cudaError_t error = cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped | cudaHostAllocPortable);
+    const cudaError_t error =
+        cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped | cudaHostAllocPortable);
     cudaThreadExchangeStreamCaptureMode(&mode);
     check(error, "a word of host memory");
     *static_cast<unsigned long long*>(word) = 0;
@@ -132,10 +132,6 @@ int64_t patience() {
   const char* const seconds = std::getenv("RNNKERN_CUDA_PATIENCE");
   return static_cast<int64_t>((seconds ? std::atof(seconds) : 10.0) * 1e9);
 }
-
-size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-int slabs_of(const Plan& plan) { return plan.members * plan.slabs_per_block; }
 
 }  // namespace
 
@@ -171,60 +167,17 @@ Plan plan_for(const Job& job, int device, int asked) {
   return plan;
 }
 
-Workspace workspace_of(const Job& job, const Plan& plan) {
-  const Chain& chain = job.chain;
-  const size_t state_bytes = static_cast<size_t>(plan.state_chunks) * plan.NT * kTileBytes;
-  Workspace space{};
-  size_t ring_states = 0;
-  if (plan.regime == kGrid) {
-    const int64_t states = static_cast<int64_t>((plan.tiles + plan.groups - 1) / plan.groups) * chain.T;
-    // Short chains never come round.
-    ring_states = static_cast<size_t>(plan.groups - 1) * kRingSlots + std::min<int64_t>(states, kRingSlots);
-  } else if (plan.regime == kStep) {
-    ring_states = static_cast<size_t>(plan.tiles) * 2;
-  }
-  space.ring_bytes = ring_states * state_bytes;
-  space.weights = 0;
-  space.ring = aligned(static_cast<size_t>(slabs_of(plan)) * plan.chunks * kPackedBytes);
-  space.partials = space.ring + aligned(space.ring_bytes);
-  space.offsets = space.partials +
-                  (job.stats ? aligned(static_cast<size_t>(chain.T) * slabs_of(plan) * 3 * chain.B * sizeof(double)) : 0);
-  space.total = space.offsets + (job.offsets ? aligned(job.offsets->size() * sizeof(int64_t)) : 0);
-  return space;
-}
-
-void launch(const Job& job, const Plan& plan, char* workspace, int device, void* stream_handle) {
+void launch(const Job& job, const Plan& plan, char* workspace, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Workspace space = workspace_of(job, plan);
   const Kernel kernel = kernel_of(job, plan);
   allow_shared_memory(kernel, plan);
-  (void)device;
-
-  Chain chain = job.chain;
-  chain.weights = workspace + space.weights;
-  chain.ring = workspace + space.ring;
-  chain.partials = job.stats ? reinterpret_cast<double*>(workspace + space.partials) : nullptr;
+  Chain chain = chain_for(job, plan, workspace);
   chain.error = failure_word_on_device();
   chain.patience = patience();
-  if (!job.offsets && chain.backward_in_time) {
-    for (Rows* rows : {&chain.input, &chain.states, &chain.output}) {
-      rows->data += (chain.T - 1) * rows->time_stride;
-      rows->time_stride = -rows->time_stride;
-    }
-  }
-  chain.members = plan.members;
-  chain.groups = plan.groups;
-  chain.tiles = plan.tiles;
-  chain.slabs_per_block = plan.slabs_per_block;
-  chain.k_parts = plan.k_parts;
-  chain.chunks = plan.chunks;
-  chain.state_chunks = plan.state_chunks;
-  chain.chunks_per_warp = plan.chunks_per_warp;
   if (job.offsets) {
-    chain.offsets = reinterpret_cast<int64_t*>(workspace + space.offsets);
-    bring_offsets(
-        reinterpret_cast<int64_t*>(workspace + space.offsets), job.offsets->data(),
-        static_cast<int64_t>(job.offsets->size()), stream);
+    const auto count = static_cast<int64_t>(job.offsets->size());
+    bring_offsets(reinterpret_cast<int64_t*>(workspace + space.offsets), job.offsets->data(), count, stream);
   }
   table_of(job.kind).pack(
       workspace + space.weights, job.w_hh, job.backward, job.hidden_size, slabs_of(plan), plan.chunks, stream);
@@ -232,39 +185,19 @@ void launch(const Job& job, const Plan& plan, char* workspace, int device, void*
   const dim3 blocks(plan.blocks()), threads(plan.threads());
   void* arguments[] = {&chain};
   const auto function = reinterpret_cast<const void*>(kernel);
-  const auto one_launch = [&] {
-    check(cudaLaunchKernel(function, blocks, threads, arguments, plan.shared_bytes, stream), "a kernel launch");
-  };
-  const int steps = job.backward ? chain.T + 1 : chain.T;
-  chain.first_step = 0;
-  chain.last_step = steps;
-  chain.last_input = chain.T;
-  chain.sends_initial = !job.backward;
-  if (plan.regime == kGrid) {
-    check(cudaMemsetAsync(chain.ring, 0xff, space.ring_bytes, stream), "cudaMemsetAsync");
-    check(
-        cudaLaunchCooperativeKernel(function, blocks, threads, arguments, plan.shared_bytes, stream),
-        "a cooperative kernel launch");
-  } else if (plan.regime == kCluster) {
-    LaunchConfig config(kernel, plan, stream);
-    check(cudaLaunchKernelExC(&config.config, config.function, arguments), "a launch in clusters");
-  } else if (plan.regime == kStep) {
-    if (!job.backward) {  // h0 alone
-      chain.last_step = chain.last_input = 0;
-      one_launch();
-      chain.sends_initial = false;
-      chain.sent = 1;
+  if (plan.regime == kGrid) check(cudaMemsetAsync(chain.ring, 0xff, space.ring_bytes, stream), "cudaMemsetAsync");
+  for_each_launch(job, plan, chain, [&] {
+    if (plan.regime == kGrid) {
+      check(
+          cudaLaunchCooperativeKernel(function, blocks, threads, arguments, plan.shared_bytes, stream),
+          "a cooperative kernel launch");
+    } else if (plan.regime == kCluster) {
+      LaunchConfig config(kernel, plan, stream);
+      check(cudaLaunchKernelExC(&config.config, config.function, arguments), "a launch in clusters");
+    } else {
+      check(cudaLaunchKernel(function, blocks, threads, arguments, plan.shared_bytes, stream), "a kernel launch");
     }
-    for (int step = 0; step < steps; ++step) {
-      chain.first_step = step;
-      chain.last_step = step + 1;
-      chain.last_input = std::min(step + 1, chain.T);
-      one_launch();
-      ++chain.sent;
-    }
-  } else {
-    one_launch();
-  }
+  });
   if (job.stats) add_statistics(job.stats, chain.partials, chain.T, slabs_of(plan), chain.B, stream);
   check(cudaGetLastError(), "a kernel launch");
 }

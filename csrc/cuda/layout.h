@@ -19,10 +19,10 @@ constexpr int kPackedBytes = 4 * kTileBytes;     // a chunk of a slab of W: four
 
 // Byte offsets into a block's shared memory.
 struct Layout {
-  int staged;   // inputs: warps x kStages x inputs x items x lanes, of four units
-  int reduced;  // unless one warp sums over all k: 2 x warps x items x lanes, of four sums
-  int state;    // kLocal, kCluster: two states;  else two chunks per warp, where the product needs them there
-  int weights;  // warps x chunks beyond the registers
+  int staged;    // inputs: warps x kStages x inputs x items x lanes, of four units
+  int reduced;   // unless one warp sums over all k: 2 x warps x items x lanes, of four sums
+  int state;     // kLocal, kCluster: two states;  else two chunks per warp, where the product needs them there
+  int weights;   // warps x chunks beyond the registers
   int arrivals;  // kCluster: two barriers, two flags
   int total;
 };
@@ -33,8 +33,8 @@ RNNKERN_BOTH constexpr int items_per_lane(Regime regime, int NT) {
 }
 
 RNNKERN_BOTH constexpr Layout make_layout(
-    Regime regime, int slabs_per_block, int k_parts, int state_chunks, int chunks_per_warp, int KC, int NT, int value_bytes,
-    bool double_sums, bool state_in_shared, bool backward) {
+    Regime regime, int slabs_per_block, int k_parts, int state_chunks, int chunks_per_warp, int KC, int NT,
+    int value_bytes, bool double_sums, bool state_in_shared, bool backward) {
   const int warps = slabs_per_block * k_parts;
   const int items = items_per_lane(regime, NT);
   const bool through_memory = regime == kGrid || regime == kStep;
@@ -42,8 +42,9 @@ RNNKERN_BOTH constexpr Layout make_layout(
   Layout layout{};
   layout.staged = 0;
   layout.reduced = layout.staged + kStages * (backward ? 2 : 1) * items * warps * 32 * 4 * value_bytes;
-  layout.state = layout.reduced + (k_parts > 1 || regime != kLocal ? 2 * warps * 2 * NT * 32 * 4 * (double_sums ? 8 : 4) : 0);
-  layout.weights = layout.state + (!through_memory ? 2 * state_chunks * NT * kTileBytes
+  layout.state =
+      layout.reduced + (k_parts > 1 || regime != kLocal ? 2 * warps * 2 * NT * 32 * 4 * (double_sums ? 8 : 4) : 0);
+  layout.weights = layout.state + (!through_memory   ? 2 * state_chunks * NT * kTileBytes
                                    : state_in_shared ? warps * 2 * kTileBytes
                                                      : 0);
   layout.arrivals = layout.weights + warps * beyond * kPackedBytes;

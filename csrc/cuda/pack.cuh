@@ -1,6 +1,8 @@
 // The small kernels around the chain: W packed for it, step offsets brought to the device, statistics added up.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "cuda/product.cuh"
 
 namespace rnnkern::cuda {
@@ -8,11 +10,12 @@ namespace rnnkern::cuda {
 // packed (slabs, chunks, 4 vectors, 32 lanes, 16 bytes): what lane (g, q) needs of unit 4g + v of a slab, see product.cuh.
 // Each thread makes one vector. Units and k beyond H are zeros. Strides in elements: for W' those of W, exchanged.
 template <class P>
-__global__ void pack_kernel(uint4* packed, const typename P::Storage* w, int64_t unit_stride, int64_t k_stride, int H,
-                            int chunks, int64_t vectors) {
+__global__ void pack_kernel(
+    uint4* packed, const typename P::Storage* w, int64_t unit_stride, int64_t k_stride, int H, int chunks,
+    int64_t vectors) {
   using Storage = typename P::Storage;
   constexpr int kValues = 16 / sizeof(Storage);
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t index = ptx::thread_of_grid();
   if (index >= vectors) return;
   const int lane = index & 31, v = index >> 5 & 3;
   const int64_t tile = index >> 7;

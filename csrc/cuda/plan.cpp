@@ -18,7 +18,8 @@ int registers_for(int chunks_per_warp) { return chunks_per_warp <= 2 ? 2 : chunk
 
 // What follows from the rest of a plan; whether its blocks fit.
 bool fits(Plan& plan, const Device& device, Kind kind, bool backward) {
-  plan.state_chunks = plan.regime == kLocal || plan.regime == kCluster ? std::max(plan.chunks, plan.KC * plan.k_parts) : plan.chunks;
+  plan.state_chunks =
+      plan.regime == kLocal || plan.regime == kCluster ? std::max(plan.chunks, plan.KC * plan.k_parts) : plan.chunks;
   plan.shared_bytes = layout_of(plan, kind, backward).total;
   return plan.shared_bytes <= device.shared_bytes;
 }

@@ -15,6 +15,11 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 RNNKERN_INLINE int thread() { return static_cast<int>(threadIdx.x); }
 RNNKERN_INLINE int threads() { return static_cast<int>(blockDim.x); }
 RNNKERN_INLINE int block() { return static_cast<int>(blockIdx.x); }
+// The block's dynamic shared memory.
+RNNKERN_INLINE char* shared_memory() {
+  extern __shared__ __align__(16) char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
 RNNKERN_INLINE void sync_block() { __syncthreads(); }
 RNNKERN_INLINE void sync_warp() { __syncwarp(); }
 RNNKERN_INLINE bool any(bool value) { return __any_sync(kFullWarp, value); }
@@ -105,12 +110,12 @@ RNNKERN_INLINE void copy_async(uint32_t shared, const void* global, bool valid) 
   static_assert(kBytes == 8 || kBytes == 16);
   const int source_bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
-                 "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
+                 "r"(source_bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared),
-                 "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
+                 "r"(source_bytes)
                  : "memory");
   }
 }
@@ -153,22 +158,24 @@ RNNKERN_INLINE void barrier_expect(uint64_t* barrier, int bytes) {
 // Whether the phase of this parity is complete.
 RNNKERN_INLINE bool barrier_test(uint64_t* barrier, int parity) {
   uint32_t done;
-  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-               " selp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(shared_address(barrier)), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      " selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
   return done != 0;
 }
 
 // The same; may sleep for a moment before it says no.
 RNNKERN_INLINE bool barrier_done(uint64_t* barrier, int parity) {
   uint32_t done;
-  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-               " selp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(shared_address(barrier)), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      " selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
   return done != 0;
 }
 
@@ -192,22 +199,22 @@ RNNKERN_INLINE void sync_cluster() {
 
 // ---- Tensor cores: c (16 x 8) += a (16 x k) b (k x 8), k = 16 for 16-bit values and 8 for TF32. ------------------------
 
-RNNKERN_INLINE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+RNNKERN_INLINE void mma_bf16(
+    float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-RNNKERN_INLINE void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+RNNKERN_INLINE void mma_fp16(
+    float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-RNNKERN_INLINE void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+RNNKERN_INLINE void mma_tf32(
+    float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -236,5 +243,14 @@ RNNKERN_INLINE float tanh_approx(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// ---- From the host ------------------------------------------------------------------------------------------------------
+
+template <class Kernel, class... Args>
+void launch(Kernel kernel, int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(args...);
+}
+
+RNNKERN_INLINE int64_t thread_of_grid() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 }  // namespace rnnkern::cuda::ptx

@@ -39,7 +39,7 @@ RNNKERN_INLINE double sum_of_squares(const float (&x)[4], const float (&y)[4], c
   float sums[3];
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
-    const float(&v)[4] = k == 0 ? x : k == 1 ? y : z;
+    const float (&v)[4] = k == 0 ? x : k == 1 ? y : z;
     const int exponent = exponents >> 8 * k & 255;
     const float scale = __uint_as_float(max(254 - exponent, 1) << 23);
     sums[k] = 0;
