@@ -6,6 +6,8 @@ at run time inside the sources, hence no -march here.
 """
 
 import os
+import shutil
+import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 except ImportError as error:
     raise SystemExit(
         "rnnkern is built against the torch that is already installed: "
@@ -21,7 +23,8 @@ except ImportError as error:
     ) from error
 
 ROOT = Path(__file__).resolve().parent
-HEADERS = sorted([*glob("csrc/**/*.h", recursive=True), *glob("csrc/**/*.inc", recursive=True)])
+HEADERS = sorted([f for suffix in ("h", "inc", "cuh") for f in glob(f"csrc/**/*.{suffix}", recursive=True)])
+CUDA_SOURCES = sorted([*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")])
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 
 SANITIZE = os.environ.get("RNNKERN_SANITIZE", "")
@@ -56,9 +59,78 @@ def cpu_library() -> Extension:
     )
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler: RNNKERN_NVCC names one ('0': none), else CUDA_HOME's, else the one on the PATH."""
+    named = os.environ.get("RNNKERN_NVCC")
+    if named is not None:
+        return None if named in ("", "0") else named
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def cuda_targets() -> list[str]:
+    """What nvcc compiles for. RNNKERN_CUDA_ARCHS="90a" narrows it for development; "80+PTX" keeps the PTX too."""
+    named = os.environ.get("RNNKERN_CUDA_ARCHS")
+    if named is None:
+        known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        named = " ".join(["80+PTX", "90a", *(["100a"] if "compute_100a" in known or "compute_100" in known else [])])
+    targets = []
+    for arch in named.split():
+        number = arch.removesuffix("+PTX")
+        targets.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch != number:
+            targets.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return targets
+
+
+def cuda_library() -> Extension:
+    """Needs nvcc, but no CUDA build of torch: what it uses of that is looked up when it is loaded."""
+    return Extension("rnnkern._cuda", [], depends=["setup.py", *HEADERS, *CUDA_SOURCES])
+
+
 class BuildLibraries(BuildExtension):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
+    def build_extension(self, ext):
+        if ext.name == "rnnkern._cuda":
+            self.build_with_nvcc(ext)
+        else:
+            super().build_extension(ext)
+
+    def build_with_nvcc(self, ext):
+        """One rule of ninja: torch's own builder would ask for a CUDA build of torch."""
+        archs = "-".join(cuda_targets()).replace("-gencode=arch=", "").replace(",code=", ".")
+        folder = ROOT / self.build_temp / "cuda" / archs
+        folder.mkdir(parents=True, exist_ok=True)
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter,-g0"
+        torch_includes = " ".join(f"-isystem {path}" for path in include_paths())
+        # Through libtorch.so, whatever it is built with, the loader finds that torch's CUDA part as well.
+        libraries = " ".join(
+            [*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10"]
+        )
+        rules = [
+            f"nvcc = {NVCC}",
+            f"flags = -std=c++17 -O3 -I{ROOT / 'csrc'} {STABLE_ABI} -DUSE_CUDA -Xcompiler={host}",
+            f"targets = {' '.join(cuda_targets())}",
+            "rule compile",
+            "  command = $nvcc $flags $extra -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $nvcc -shared $targets --cudart=static -o $out $in -Xcompiler=-fPIC {libraries}",
+        ]
+        objects = []
+        for source in CUDA_SOURCES:
+            objects.append(f"{folder}/{Path(source).name}.o")
+            extra = "$targets" if source.endswith(".cu") else torch_includes
+            rules += [f"build {objects[-1]}: compile {ROOT / source}", f"  extra = {extra}"]
+        rules.append(f"build {library}: link {' '.join(objects)}\n")
+        (folder / "build.ninja").write_text("\n".join(rules))
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
 
     def finalize_options(self):
         super().finalize_options()
@@ -71,4 +143,9 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[cpu_library()], cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
+NVCC = nvcc()
+
+setup(
+    ext_modules=[cpu_library(), *([cuda_library()] if NVCC and not SANITIZE else [])],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+)

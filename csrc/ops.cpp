@@ -27,4 +27,7 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
   // The instruction set that the CPU kernels use here, and all that this build and this machine could use.
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");
+
+  // Whether the CUDA kernels may multiply float32 as TF32, from now on and in the whole process.
+  m.def("cuda_allow_tf32(bool allowed) -> ()");
 }

@@ -1,6 +1,7 @@
 """What the Triton kernels take of a GPU, compiled for it ahead of time: no GPU is needed.
 
     python tools/triton_resources.py [--archs 80,90,100] [--dtypes bf16,tf32,fp32] [--hidden 64,128,...] [--batch 16]
+                                     [--packed]
 
 For each kernel at the sizes that the ladder chooses: registers of a thread, bytes of them that spill to memory, bytes
 of shared memory, and how many tensor-core instructions it has. The last column is what the ladder counts on.
@@ -84,7 +85,7 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-def rows(arch: int, dtype: str, H: int, B: int) -> list[Row]:
+def rows(arch: int, dtype: str, H: int, B: int, packed: bool) -> list[Row]:
     """Forward, backward, and backward with statistics of one size."""
     from rnnkern.kernels import grid, resident
     from rnnkern.kernels.plan import Device, plan
@@ -93,7 +94,7 @@ def rows(arch: int, dtype: str, H: int, B: int) -> list[Row]:
     _, size, precision = DTYPES[dtype]
     p = plan(size, precision == "tf32", H, B, Device(processors, room))
     constants = dict(
-        H=H, HIDDEN=p.hidden, BATCH=p.batch, NONLINEARITY="tanh", PACKED=False, PRECISION=precision,
+        H=H, HIDDEN=p.hidden, BATCH=p.batch, NONLINEARITY="tanh", PACKED=packed, PRECISION=precision,
     )  # fmt: skip
     options: dict[str, Any] = {"num_warps": p.warps}
     if p.regime != "resident":
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES))
     parser.add_argument("--hidden", type=numbers, default=list(HIDDEN))
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--packed", action="store_true", help="packed sequences in the place of dense ones")
     options = parser.parse_args()
     print(
         f"{'sm':>4} {'dtype':<5}{'H':>6}  {'kernel':<15}{'regime':<14}{'registers':>9}{'spills':>8}{'shared':>9}"
@@ -129,7 +131,7 @@ def main() -> int:
     for arch in options.archs:
         for dtype in options.dtypes:
             for H in options.hidden:
-                for r in rows(arch, dtype, H, options.batch):
+                for r in rows(arch, dtype, H, options.batch, options.packed):
                     print(
                         f"{r.arch:>4} {r.dtype:<5}{r.H:>6}  {r.kernel:<15}{r.regime:<14}{r.registers:>9}{r.spills:>8}"
                         f"{r.shared:>9}{r.room:>8}{r.mma:>5}",

@@ -4,6 +4,7 @@
 
 #include "checks.h"
 #include "cpu/recurrence.h"
+#include "walkable.h"
 
 namespace rnnkern::cpu {
 namespace {
@@ -38,39 +39,15 @@ Steps steps_of(const Sequence& sequence, bool reverse) {
       reverse};
 }
 
-// Of a (T, B, H), (N, H) or (B, H) tensor.
-AnyRows rows_of(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.dim() == 3 ? tensor.stride(0) : 0, tensor.stride(tensor.dim() - 2)};
+AnyRows rows_of(const Walkable& walkable) {
+  return {walkable.memory.data_ptr(), walkable.time_stride, walkable.row_stride};
 }
-
-// A tensor as the kernels can walk it, and what keeps its memory: any strides, but the elements of a row side by side.
-struct Walkable {
-  Tensor memory;
-  AnyRows rows;
-};
-
-Walkable walkable(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.size(last) <= 1 || tensor.stride(last) == 1) return {tensor, rows_of(tensor)};
-  bool one_value = tensor.numel() > 0;
-  for (int64_t i = 0; i <= last; ++i) one_value = one_value && tensor.stride(i) == 0;
-  if (one_value) {  // the gradient of a sum: one row stands for all
-    Tensor row = tensor;
-    for (int64_t i = 0; i < last; ++i) row = torch::stable::narrow(row, i, 0, 1);
-    row = torch::stable::contiguous(row);
-    return {row, {row.data_ptr(), 0, 0}};
-  }
-  const Tensor copy = torch::stable::contiguous(tensor);
-  return {copy, rows_of(copy)};
-}
-
-Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 void launch(
     const Tensor& z, const Tensor& h0, const Tensor& w_hh, const Sequence& sequence, bool reverse,
     const std::string& nonlinearity, const Tensor& h) {
   const Walkable z_rows = walkable(z), h0_rows = walkable(h0);
-  const Forward job{steps_of(sequence, reverse), z_rows.rows, h0_rows.rows, rows_of(h)};
+  const Forward job{steps_of(sequence, reverse), rows_of(z_rows), rows_of(h0_rows), rows_of(as_it_lies(h))};
   recurrence(
       job, {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}, dtype_of(z), nonlinearity_of(nonlinearity),
       static_cast<int>(torch::stable::get_num_threads()));
@@ -83,14 +60,6 @@ Tensor recurrence_op(
   const Tensor h = new_like(z);
   launch(z, h0, w_hh, sequence, reverse, nonlinearity, h);
   return h;
-}
-
-// Whether two different elements of the tensor could lie at the same address.
-bool overlaps_itself(const Tensor& tensor) {
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1 && tensor.stride(i) == 0) return true;
-  }
-  return false;
 }
 
 void recurrence_in_place_op(
@@ -115,14 +84,14 @@ std::tuple<Tensor, Tensor> launch_backward(
     *stats = torch::stable::new_zeros(h, shape, torch::headeronly::ScalarType::Double);
   }
   const Walkable grad_h_rows = walkable(grad_h), h_rows = walkable(h);
-  const Walkable grad_hn_rows = grad_hn ? walkable(*grad_hn) : Walkable{{}, {nullptr, 0, 0}};
+  const Walkable grad_hn_rows = grad_hn ? walkable(*grad_hn) : as_it_lies(grad_h0);
   const Backward job{
       steps_of(sequence, reverse),
-      grad_h_rows.rows,
-      grad_hn_rows.rows,
-      h_rows.rows,
-      rows_of(delta),
-      rows_of(grad_h0),
+      rows_of(grad_h_rows),
+      grad_hn ? rows_of(grad_hn_rows) : AnyRows{nullptr, 0, 0},
+      rows_of(h_rows),
+      rows_of(as_it_lies(delta)),
+      rows_of(as_it_lies(grad_h0)),
       clip,
       stats ? static_cast<double*>(stats->data_ptr()) : nullptr,
       true};

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from rnnkern.backends.base import Backend
 from rnnkern.backends.cpu import CPU
+from rnnkern.backends.cuda import CUDA
 from rnnkern.backends.reference import REFERENCE
 from rnnkern.backends.triton import TRITON
 
 __all__ = ["BACKENDS", "Backend", "available", "select", "use_backend"]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, TRITON, REFERENCE)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CUDA, CPU, TRITON, REFERENCE)}
 
 _log = logging.getLogger("rnnkern")
 _told: set[str] = set()

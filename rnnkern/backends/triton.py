@@ -35,8 +35,7 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@cache
-def _lacks() -> str | None:
+def _find_lack() -> str | None:
     """What is wrong with the installed Triton, if anything."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
@@ -44,11 +43,14 @@ def _lacks() -> str | None:
     return None if (major, minor) >= (3, 6) else f"Triton {version('triton')} is too old: 3.6 or later is needed"
 
 
+_LACK = _find_lack()
+
+
 def unavailable() -> str | None:
     """None where the kernels can run on this machine, else why not and what to do."""
-    if _lacks() is None and not interprets() and not torch.cuda.is_available():
+    if _LACK is None and not interprets() and not torch.cuda.is_available():
         return "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels in Python, for tests)"
-    return _lacks()
+    return _LACK
 
 
 def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
@@ -56,7 +58,7 @@ def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
         return f"it computes on {'the CPU, interpreted' if interprets() else 'a GPU'}, and the tensors are on {device}"
     if dtype not in _DTYPES:
         return f"it has no kernel for {dtype} (only for float32, bfloat16, float16)"
-    return _lacks()
+    return _LACK
 
 
 def precision(dtype: torch.dtype) -> str:

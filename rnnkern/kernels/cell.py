@@ -53,13 +53,23 @@ def clamp(g, limit):
 
 
 @triton.jit
+def tf32(x):
+    """float32 rounded to the nearest TF32, where a tensor core would cut off; NaN stays NaN. Other types stay."""
+    if x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
+    else:
+        return x
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a b, summed in float32. PRECISION is Triton's word for float32 factors; "ieee" makes factors float32 first, as
     Triton's interpreter multiplies no bfloat16."""
     if PRECISION == "ieee":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(tf32(a), tf32(b), input_precision=PRECISION)
 
 
 @triton.jit

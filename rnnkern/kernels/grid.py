@@ -146,7 +146,8 @@ def backward(
     alive = True
     for visit in range(first, last):
         t = start + visit * walk
-        n, n_before, at, before = B * 0, B * 0, B.to(tl.int64) * 0, B.to(tl.int64) * 0
+        none = B.to(tl.int64) * 0
+        n, n_before, at, before = none, none, none, none
         if visit < T:
             n, at = step(t, rows, T, B, B.to(tl.int64) * H, H, PACKED)
         if visit > 0:

@@ -65,7 +65,10 @@ def plan(size: int, tensor_cores: bool, H: int, B: int, device: Device, regime: 
             return found or _refuse("grid", f"H = {H} has more slices than the device has processors")
     if regime == "grid":
         _refuse("grid", "programs cannot wait for each other here")
-    return Plan("step", 32, 16, 4, _depth(size, tensor_cores), False, _tiles(H, 32), _tiles(B, 16))
+    depth = _depth(size, tensor_cores)
+    while _shared(size, 32, 16, 4, depth, False) > device.shared and depth > 16:
+        depth //= 2
+    return Plan("step", 32, 16, 4, depth, False, _tiles(H, 32), _tiles(B, 16))
 
 
 def _resident(size: int, tensor_cores: bool, H: int, B: int, device: Device) -> Plan | None:
@@ -84,7 +87,7 @@ def _grid(size: int, tensor_cores: bool, H: int, B: int, device: Device) -> Plan
     if narrow is None or wide is None:
         return narrow
     # The narrow tile is the quicker one while all tiles are under way at once; then it counts how many samples are.
-    if _tiles(B, 8) * narrow.slices <= device.processors or _at_once(narrow, device) >= _at_once(wide, device):
+    if _tiles(B, 8) * narrow.slices <= device.processors or _at_once(narrow, device) > _at_once(wide, device):
         return narrow
     return wide
 
@@ -107,8 +110,8 @@ def _cut(size: int, tensor_cores: bool, H: int, B: int, hidden: int, batch: int,
 
 
 def _shared(size: int, hidden: int, batch: int, warps: int, depth: int, resident: bool) -> int:
-    """Bytes of a program: W_hh and the states beside it, a turn ahead where they stream; and what the driver takes."""
-    return (1 if resident else 2) * size * warps * depth * (hidden + batch) + 1024
+    """Bytes of a program: W_hh and the states beside it, turns ahead where they stream; and what the driver takes."""
+    return (1 if resident else 3) * size * warps * depth * (hidden + batch) + 1024
 
 
 def _at_once(p: Plan, device: Device) -> int:

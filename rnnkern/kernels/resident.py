@@ -27,7 +27,7 @@ def step(t, rows, T, B, stride_t, stride_b, PACKED: tl.constexpr):
     if PACKED:
         return tl.load(rows + t), tl.load(rows + T + t) * stride_b
     else:
-        return B, t.to(tl.int64) * stride_t
+        return B.to(tl.int64), t.to(tl.int64) * stride_t
 
 
 @triton.jit(do_not_specialize=["T", "B", "start", "walk", "rows"])

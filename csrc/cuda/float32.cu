@@ -1,0 +1,7 @@
+#include "cuda/instances.cuh"
+
+namespace rnnkern::cuda {
+
+const KernelTable kFloat32Kernels = kernel_table<Float32>();
+
+}  // namespace rnnkern::cuda
