@@ -237,7 +237,7 @@ struct ChainKernel {
 
   // Where the warps of a slab find the sums of one of its parts.
   RNNKERN_INLINE Values* reduced(int part, int j) const {
-    const int buffer = products & 1;  // of two: a fast warp may be one product ahead of the others
+    const int buffer = R == kStep ? 0 : products & 1;  // of two: a fast warp may be one product ahead of the others
     return reinterpret_cast<Values*>(shared + layout.reduced) +
            (((buffer * k_parts() + part) * a.slabs_per_block + slab_in_block) * kSlabItems + j) * 32 + lane;
   }

@@ -88,6 +88,7 @@ std::optional<Plan> grid_plan(const Device& device, Kind kind, int B, int H, boo
   const int most = tensor_cores(kind) ? 4 : 2;
   for (plan.NT = std::min(most, per_group > 2 ? 4 : per_group); plan.NT > 0; plan.NT /= 2) {
     plan.tiles = ceil_div(B, kRows * plan.NT);
+    plan.groups = std::min(plan.groups, plan.tiles);
     if (fits(plan, device, kind, backward)) return plan;
   }
   return {};
@@ -102,10 +103,11 @@ Plan step_plan(const Device& device, Kind kind, int B, int H, bool backward) {
   plan.k_parts = kWarps;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
   plan.KC = 0;
-  plan.NT = B > kRows ? 4 : 1;
-  plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
-  if (!fits(plan, device, kind, backward)) throw std::runtime_error("a multiprocessor has too little shared memory");
-  return plan;
+  for (plan.NT = B > kRows ? 4 : 1; plan.NT > 0; plan.NT -= 3) {
+    plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
+    if (fits(plan, device, kind, backward)) return plan;
+  }
+  throw std::runtime_error("a block of this device has too little shared memory");
 }
 
 }  // namespace
