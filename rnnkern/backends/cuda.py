@@ -30,8 +30,10 @@ def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
 
 
 def _allow_tf32_as_pytorch_does() -> None:
-    """Tell the kernels when PyTorch's switch for RNNs in float32 has changed: ``torch.backends.cudnn.rnn.fp32_precision``
-    and what it inherits from (the older ``torch.backends.cudnn.allow_tf32`` sets it too)."""
+    """Tell the kernels when PyTorch's switch for RNNs in float32 has changed.
+
+    That is ``torch.backends.cudnn.rnn.fp32_precision``, which the older ``torch.backends.cudnn.allow_tf32`` sets too.
+    """
     global _tf32_allowed
     allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     if allowed != _tf32_allowed:
