@@ -1,7 +1,7 @@
 """The CUDA kernels' own source without a GPU: compiled by g++ over a twin of csrc/cuda/ptx.cuh, its threads are fibers.
 
-It finds wrong indices, missing waits and stores that are taken for granted; it says nothing of speed, and nothing of what
-only hardware does. Each check is shown to be able to fail: with a wait removed, cases that passed no longer do.
+It finds wrong indices, missing waits and stores that are taken for granted; it says nothing of speed, and nothing of
+what only hardware does. Each check is shown to be able to fail: with a wait removed, cases that passed no longer do.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def run(
-    twin: ctypes.CDLL, p: Problem, kind: str, regime: str, seed: int = 0, mutation: str = "none", patience: int = PATIENCE
+    twin: ctypes.CDLL,
+    p: Problem,
+    kind: str,
+    regime: str,
+    seed: int = 0,
+    mutation: str = "none",
+    patience: int = PATIENCE,
 ) -> Answers:
     T, (B, H) = len(p.sizes), p.h0.shape
     assert H % 4 == 0, "the bindings pad what is not"
@@ -148,9 +154,9 @@ def test_the_order_of_things_does_not_matter(twin: ctypes.CDLL, regime: str) -> 
 @pytest.mark.parametrize(
     ("regime", "mutation"),
     [
-        ("cta", "block barrier"), ("cta", "wait for copies"), ("cluster", "block barrier"), ("cluster", "wait for data"),
-        ("cluster", "wait for copies"), ("grid", "block barrier"), ("grid", "wait for data"), ("grid", "wait for copies"),
-        ("grid", "fence"),
+        ("cta", "block barrier"), ("cta", "wait for copies"),
+        ("cluster", "block barrier"), ("cluster", "wait for data"), ("cluster", "wait for copies"),
+        ("grid", "block barrier"), ("grid", "wait for data"), ("grid", "wait for copies"), ("grid", "fence"),
     ],
 )  # fmt: skip
 def test_a_missing_wait_is_seen(twin: ctypes.CDLL, regime: str, mutation: str) -> None:
@@ -174,7 +180,13 @@ def test_a_mute_block_is_told(twin: ctypes.CDLL, regime: str) -> None:
         run(twin, p, "bfloat16", regime, mutation="mute block", patience=20_000)
 
 
-GPUS = {"A100": (108, 163, 0), "RTX 3090": (82, 99, 0), "H100": (132, 227, 1), "H200": (132, 227, 1), "MIG": (16, 227, 1)}
+GPUS = {
+    "A100": (108, 163, 0),
+    "RTX 3090": (82, 99, 0),
+    "H100": (132, 227, 1),
+    "H200": (132, 227, 1),
+    "MIG": (16, 227, 1),
+}
 
 
 @pytest.mark.parametrize("gpu", GPUS)
