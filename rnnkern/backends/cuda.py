@@ -22,11 +22,14 @@ def unavailable() -> str | None:
 
 
 def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
+    reason = unavailable()
+    if reason is not None:
+        return reason
     if device != "cuda":
         return f"it computes on NVIDIA GPUs, and the tensors are on {device}"
     if dtype not in _DTYPES:
         return f"it has no kernel for {dtype} (only for float32, float64, bfloat16, float16)"
-    return unavailable()
+    return None
 
 
 def _allow_tf32_as_pytorch_does() -> None:
