@@ -159,7 +159,7 @@ def test_unknown_regime(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_out_of_memory_leaves_the_gpu_usable() -> None:
     one = torch.ones((), device="cuda", dtype=torch.bfloat16)
     H = 1 << 14
-    with pytest.raises(RuntimeError, match="new_empty|out of memory"):
+    with pytest.raises(RuntimeError, match=r"new_empty|out of memory"):
         CUDA.recurrence(one.expand(1 << 12, 1 << 12, H), one.expand(1 << 12, H), one.expand(H, H), None, False, "tanh")
     p = make_problem(5, 4, 64)
     check(p, run(p))

@@ -39,10 +39,10 @@ struct ChainKernel {
   static constexpr int kItems = items_per_lane(R, NT);
   // Steps that inputs are staged ahead. Where another warp reads them too, a slot rests for a step before it is reused.
   static constexpr int kAhead = R == kLocal ? kStages : kStages - 2;
-  static constexpr int kBatch = R == kStep ? 4 : 2;  // chunks received at a time, beyond those in registers
+  static constexpr int kBatch = R == kStep ? 4 : 1;  // chunks received at a time, beyond those in registers
 
   // Whether a warp can have more chunks than its registers hold (plan.cpp).
-  static constexpr bool kBeyond = R == kStep || (KC == 8 && (R != kLocal || sizeof(Storage) == 4));
+  static constexpr bool kBeyond = R == kStep || (KC == P::kMostChunks && (R != kLocal || sizeof(Storage) == 4));
 
   struct alignas(16) Values {
     Sum v[4];
@@ -94,116 +94,7 @@ struct ChainKernel {
   // Whether sums go through shared memory.
   RNNKERN_INLINE bool divided() const { return R != kLocal || k_parts() > 1; }
 
-  // ---- Rows, steps and items ------------------------------------------------------------------------------------------
-
-  RNNKERN_INLINE int time_of(int step) const { return a.backward_in_time ? a.T - 1 - step : step; }
-  // Rows that a step of [0, T) has.
-  RNNKERN_INLINE int rows_of(int step) const {
-    if (a.offsets == nullptr) return a.B;
-    const int t = time_of(step);
-    return static_cast<int>(a.offsets[t + 1] - a.offsets[t]);
-  }
-  // Where the lane's first item lies in a step.
-  RNNKERN_INLINE char* first_of(const Rows& rows, int step) const {
-    const int64_t start = a.offsets ? a.offsets[time_of(step)] * rows.row_stride : step * rows.time_stride;
-    return rows.data + start + first_row * rows.row_stride + unit * static_cast<int>(sizeof(Storage));
-  }
-  // The same in the step after the one where it is `at`.
-  RNNKERN_INLINE char* next_of(const Rows& rows, int step, char* at) const {
-    if (a.offsets == nullptr) return at + rows.time_stride;
-    return step + 1 < a.T ? first_of(rows, step + 1) : at;
-  }
-
-  // The lane's i-th item is the j-th of its slab: four units of row 8 (j / 2) + 2q + j % 2 of the tile.
-  RNNKERN_INLINE int slab_item(int i) const { return kParts == 1 ? i : k_part + i * k_parts(); }
-  RNNKERN_INLINE bool has_item(int i) const { return kParts == 1 || slab_item(i) < kSlabItems; }
-  static RNNKERN_INLINE int row_of_item(int j) { return (j >> 1) * kRows + (j & 1); }  // after the lane's first
-  RNNKERN_INLINE int row_beyond(int i) const { return row_of_item(slab_item(i)); }
-  RNNKERN_INLINE int row_of(int i) const { return first_row + row_beyond(i); }
-
-  static RNNKERN_INLINE void unpack(Sum (&v)[4], const Quad& quad) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = P::load(reinterpret_cast<const Storage*>(&quad)[i]);
-  }
-  static RNNKERN_INLINE Quad rounded(const Sum (&v)[4]) {
-    Quad quad;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) reinterpret_cast<Storage*>(&quad)[i] = P::store(v[i]);
-    return quad;
-  }
-
-  // ---- Memory -------------------------------------------------------------------------------------------------------
-
-  RNNKERN_INLINE uint32_t staged(int step, int input, int i) const {
-    return staged_here + ((static_cast<unsigned>(step) % kStages * kInputs + input) * kItems + i) * (32 * kQuad);
-  }
-
-  static RNNKERN_INLINE void stage_quad(uint32_t to, const char* from, bool valid) {
-    if constexpr (kQuad <= 16) {
-      ptx::copy_async<kQuad>(to, from, valid);
-    } else {
-      ptx::copy_async<16>(to, from, valid);
-      ptx::copy_async<16>(to + 16, from + 16, valid);
-    }
-  }
-  static RNNKERN_INLINE Quad staged_quad(uint32_t from) {
-    Quad quad;
-    if constexpr (kQuad == 8) {
-      quad = ptx::load_shared8(from);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kQuad / 16; ++i) reinterpret_cast<uint4*>(&quad)[i] = ptx::load_shared16(from + 16 * i);
-    }
-    return quad;
-  }
-
-  // Starts the copies of a step's inputs, step after step. Every call is one group of copies, also past the end.
-  RNNKERN_INLINE void stage(int step) {
-    if (step < a.last_input) {
-      const int rows = rows_of(step);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (!has_item(i)) break;
-        const bool valid = row_of(i) < rows && inside;
-        stage_quad(staged(step, 0, i), input + row_beyond(i) * a.input.row_stride, valid);
-        if constexpr (kBackward) stage_quad(staged(step, 1, i), states + row_beyond(i) * a.states.row_stride, valid);
-      }
-      input = next_of(a.input, step, input);
-      if constexpr (kBackward) states = next_of(a.states, step, states);
-    }
-    ptx::commit_copies();
-  }
-
-  // Four units of a row of h0 or grad_hn. Any NaN becomes the usual one: a word of ones means "not there yet".
-  RNNKERN_INLINE void load_initial(Sum (&v)[4], int row) const {
-    Quad quad;
-    memset(&quad, 0, sizeof quad);
-    if (a.initial.data && row < a.B && inside) {
-      quad = *reinterpret_cast<const Quad*>(a.initial.data + row * a.initial.row_stride + unit * sizeof(Storage));
-    }
-    unpack(v, quad);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = v[i] == v[i] ? v[i] : Sum(NAN);
-  }
-
-  // Stores a step's outputs, step after step: later than they are sent on, while the next state is on its way.
-  RNNKERN_INLINE void store_finished(int step, int rows) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (!has_item(i)) break;
-      if (row_of(i) >= rows || !inside) continue;
-      *reinterpret_cast<Quad*>(output + row_beyond(i) * a.output.row_stride) = finished[i];
-    }
-    output = next_of(a.output, step, output);
-  }
-
-  // The state as the next product reads it.
-  RNNKERN_INLINE void send(int i, const Sum (&v)[4]) {
-    Quad quad;
-#pragma unroll
-    for (int u = 0; u < 4; ++u) reinterpret_cast<Storage*>(&quad)[u] = P::store(P::operand(v[u]));
-    exchange.send(slab_item(i), quad);
-  }
+#include "cuda/rows.inc"
 
   // ---- The product ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +128,7 @@ struct ChainKernel {
 
   // Where the warps of a slab find the sums of one of its parts.
   RNNKERN_INLINE Values* reduced(int part, int j) const {
-    const int buffer = products & 1;  // of two: a fast warp may be one product ahead of the others
+    const int buffer = R == kStep ? 0 : products & 1;  // of two: a fast warp may be one product ahead of the others
     return reinterpret_cast<Values*>(shared + layout.reduced) +
            (((buffer * k_parts() + part) * a.slabs_per_block + slab_in_block) * kSlabItems + j) * 32 + lane;
   }

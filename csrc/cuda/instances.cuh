@@ -18,7 +18,7 @@ template <class P, Regime R, bool kBackward, int NT>
 Kernel by_registers(int KC) {
   if (KC == 2) return chain_kernel<P, R, kBackward, 2, NT>;
   if (KC == 4) return chain_kernel<P, R, kBackward, 4, NT>;
-  return chain_kernel<P, R, kBackward, 8, NT>;
+  return chain_kernel<P, R, kBackward, P::kMostChunks, NT>;
 }
 
 template <class P, bool kBackward>
@@ -29,8 +29,10 @@ Kernel by_plan(const Plan& plan) {
   }
   if constexpr (sizeof(typename P::Storage) < 8) {
     if (plan.regime == kLocal) {
-      if (plan.NT == 1) return by_registers<P, kLocal, kBackward, 1>(plan.KC);
-      return by_registers<P, kLocal, kBackward, 2>(plan.KC);
+      if constexpr (sizeof(typename P::Storage) == 2) {
+        if (plan.NT == 2) return by_registers<P, kLocal, kBackward, 2>(plan.KC);
+      }
+      return by_registers<P, kLocal, kBackward, 1>(plan.KC);
     }
     if (plan.regime == kCluster) {
       if (plan.NT == 1) return by_registers<P, kCluster, kBackward, 1>(plan.KC);

@@ -20,7 +20,7 @@ constexpr int kPackedBytes = 4 * kTileBytes;     // a chunk of a slab of W: four
 // Byte offsets into a block's shared memory.
 struct Layout {
   int staged;    // inputs: warps x kStages x inputs x items x lanes, of four units
-  int reduced;   // unless one warp sums over all k: 2 x warps x items x lanes, of four sums
+  int reduced;   // unless one warp sums over all k: buffers x warps x items x lanes, of four sums
   int state;     // kLocal, kCluster: two states;  else two chunks per warp, where the product needs them there
   int weights;   // warps x chunks beyond the registers
   int arrivals;  // kCluster: two barriers, two flags
@@ -42,8 +42,8 @@ RNNKERN_BOTH constexpr Layout make_layout(
   Layout layout{};
   layout.staged = 0;
   layout.reduced = layout.staged + kStages * (backward ? 2 : 1) * items * warps * 32 * 4 * value_bytes;
-  layout.state =
-      layout.reduced + (k_parts > 1 || regime != kLocal ? 2 * warps * 2 * NT * 32 * 4 * (double_sums ? 8 : 4) : 0);
+  const int buffers = regime == kStep ? 1 : k_parts > 1 || regime != kLocal ? 2 : 0;
+  layout.state = layout.reduced + buffers * warps * 2 * NT * 32 * 4 * (double_sums ? 8 : 4);
   layout.weights = layout.state + (!through_memory   ? 2 * state_chunks * NT * kTileBytes
                                    : state_in_shared ? warps * 2 * kTileBytes
                                                      : 0);

@@ -13,8 +13,10 @@ constexpr int kWarps = 8;  // of a block: the registers of a multiprocessor, 255
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The instances that are compiled (instances.cuh).
-int registers_for(int chunks_per_warp) { return chunks_per_warp <= 2 ? 2 : chunks_per_warp <= 4 ? 4 : 8; }
+// The instances that are compiled (instances.cuh). Multiply-adds need registers for more than W.
+int registers_for(Kind kind, int chunks_per_warp) {
+  return chunks_per_warp <= 2 ? 2 : chunks_per_warp <= 4 ? 4 : tensor_cores(kind) ? 8 : 6;
+}
 
 // What follows from the rest of a plan; whether its blocks fit.
 bool fits(Plan& plan, const Device& device, Kind kind, bool backward) {
@@ -35,9 +37,9 @@ std::optional<Plan> local_plan(const Device& device, Kind kind, int B, int H, bo
   // Tensor cores are fast enough for all k of a slab; else all the warps that there may be.
   while (!tensor_cores(kind) && 2 * plan.k_parts * plan.slabs_per_block <= kWarps) plan.k_parts *= 2;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
-  plan.KC = registers_for(plan.chunks_per_warp);
+  plan.KC = registers_for(kind, plan.chunks_per_warp);
   plan.members = 1;
-  plan.NT = ceil_div(B, kRows) > device.multiprocessors ? 2 : 1;
+  plan.NT = bytes_of(kind) == 2 && ceil_div(B, kRows) > device.multiprocessors ? 2 : 1;
   if (plan.NT == 2 && !fits(plan, device, kind, backward)) plan.NT = 1;
   plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
   if (!fits(plan, device, kind, backward)) return {};
@@ -59,7 +61,7 @@ std::optional<Plan> cluster_plan(const Device& device, Kind kind, int B, int H, 
     plan.k_parts = plan.slabs_per_block == 1 ? 8 : plan.slabs_per_block == 2 ? 4 : 2;
     plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
     plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
-    plan.KC = registers_for(plan.chunks_per_warp);
+    plan.KC = registers_for(kind, plan.chunks_per_warp);
     if (plan.chunks_per_warp > plan.KC) continue;
     const bool side_by_side = tiles <= device.clusters[i];
     if (best && !side_by_side) break;
@@ -81,13 +83,14 @@ std::optional<Plan> grid_plan(const Device& device, Kind kind, int B, int H, boo
   plan.chunks = ceil_div(H * bytes_of(kind), kChunkBytes);
   plan.k_parts = kWarps;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
-  plan.KC = registers_for(plan.chunks_per_warp);
+  plan.KC = registers_for(kind, plan.chunks_per_warp);
   const int tiles = ceil_div(B, kRows);
   plan.groups = std::min(device.multiprocessors / plan.members, tiles);
   const int per_group = ceil_div(tiles, plan.groups);
   const int most = tensor_cores(kind) ? 4 : 2;
   for (plan.NT = std::min(most, per_group > 2 ? 4 : per_group); plan.NT > 0; plan.NT /= 2) {
     plan.tiles = ceil_div(B, kRows * plan.NT);
+    plan.groups = std::min(plan.groups, plan.tiles);
     if (fits(plan, device, kind, backward)) return plan;
   }
   return {};
@@ -102,10 +105,11 @@ Plan step_plan(const Device& device, Kind kind, int B, int H, bool backward) {
   plan.k_parts = kWarps;
   plan.chunks_per_warp = ceil_div(plan.chunks, plan.k_parts);
   plan.KC = 0;
-  plan.NT = B > kRows ? 4 : 1;
-  plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
-  if (!fits(plan, device, kind, backward)) throw std::runtime_error("a multiprocessor has too little shared memory");
-  return plan;
+  for (plan.NT = B > kRows ? 4 : 1; plan.NT > 0; plan.NT -= 3) {
+    plan.groups = plan.tiles = ceil_div(B, kRows * plan.NT);
+    if (fits(plan, device, kind, backward)) return plan;
+  }
+  throw std::runtime_error("a block of this device has too little shared memory");
 }
 
 }  // namespace

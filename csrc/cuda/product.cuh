@@ -49,6 +49,7 @@ struct alignas(16) Quad64 {
 template <class Derived>
 struct TensorCore {
   using Sum = float;
+  static constexpr int kMostChunks = 8;          // of W that a warp's registers hold
   static constexpr bool kStateInShared = false;  // its part of s comes to the lane in a register vector
   // Four independent chains of mma, two for each half of the slab, so that one does not wait for the other.
   struct Partial {
@@ -116,6 +117,7 @@ struct TensorFloat32 : TensorCore<TensorFloat32> {
 template <class S>
 struct Scalar {
   using Sum = S;
+  static constexpr int kMostChunks = 6;
   static constexpr bool kStateInShared = true;  // the lane needs all 8 rows of s at its 16 q
   static constexpr int kValues = 16 / sizeof(S);
   struct Partial {

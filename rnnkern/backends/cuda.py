@@ -22,16 +22,21 @@ def unavailable() -> str | None:
 
 
 def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
+    reason = unavailable()
+    if reason is not None:
+        return reason
     if device != "cuda":
         return f"it computes on NVIDIA GPUs, and the tensors are on {device}"
     if dtype not in _DTYPES:
         return f"it has no kernel for {dtype} (only for float32, float64, bfloat16, float16)"
-    return unavailable()
+    return None
 
 
 def _allow_tf32_as_pytorch_does() -> None:
-    """Tell the kernels when PyTorch's switch for RNNs in float32 has changed: ``torch.backends.cudnn.rnn.fp32_precision``
-    and what it inherits from (the older ``torch.backends.cudnn.allow_tf32`` sets it too)."""
+    """Tell the kernels when PyTorch's switch for RNNs in float32 has changed.
+
+    That is ``torch.backends.cudnn.rnn.fp32_precision``, which the older ``torch.backends.cudnn.allow_tf32`` sets too.
+    """
     global _tf32_allowed
     allowed = torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
     if allowed != _tf32_allowed:

@@ -106,13 +106,17 @@ extern "C" long long twin_run(
 }
 
 // The plan for a device: regime, KC, NT, slabs_per_block, k_parts, chunks_per_warp, members, groups, tiles, shared bytes.
-extern "C" void twin_plan(
+// 0, or -1 where there is none.
+extern "C" int twin_plan(
     int multiprocessors, int shared_bytes, int cooperative, int clusters, int kind, int B, int H, int backward,
-    int* out) {
+    int* out) try {
   Device device{multiprocessors, shared_bytes, cooperative != 0, {}};
   for (int i = 0; i < 3; ++i) device.clusters[i] = clusters ? (multiprocessors - 4) / (2 << i) : 0;
   const Plan plan = make_plan(device, static_cast<Kind>(kind), B, H, backward, -1);
   const int values[] = {plan.regime,          plan.KC,      plan.NT,     plan.slabs_per_block, plan.k_parts,
                         plan.chunks_per_warp, plan.members, plan.groups, plan.tiles,           plan.shared_bytes};
   std::memcpy(out, values, sizeof values);
+  return 0;
+} catch (const std::exception&) {
+  return -1;
 }

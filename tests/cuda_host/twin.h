@@ -15,8 +15,8 @@ struct Grid {
   int blocks, threads, cluster;
 };
 
-// Waits and orders that a test removes, to see that it would be noticed.
-enum Mutation : int { kNone, kNoBlockBarrier, kNoWaitForData, kNoWaitForCopies, kNoFence, kLostBlock };
+// Waits and orders that a test removes, or a block whose stores get lost, to see that it is noticed.
+enum Mutation : int { kNone, kNoBlockBarrier, kNoWaitForData, kNoWaitForCopies, kNoFence, kMuteBlock };
 
 // Runs `kernel` in every thread of a grid until all have left it. Throws std::runtime_error where none ever would.
 void run(int blocks, int threads, int cluster, int shared_bytes, const std::function<void()>& kernel);
