@@ -29,6 +29,8 @@ def run() -> int:
     for name, reason in backends.available().items():
         works[name], message = (False, f"does not run here: {reason}") if reason else _check(name)
         print(f"  {name:<17}{message}")
+        if not reason and backends.BACKENDS[name].unproven:
+            print(f"  {'':<17}({backends.BACKENDS[name].unproven})")
     for line in _triton_choices():
         print(line)
     print("\nwhat a call gets")

@@ -133,6 +133,12 @@ def test_a_regime_that_cannot_serve_says_why() -> None:
         plan(4, True, 1024, 1, Device(4, 65536), "grid")
 
 
+def test_choices_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "device_of", lambda device: Device(132, 232448))
+    words = triton.choices(torch.bfloat16, torch.device("cuda"))
+    assert words == "resident to H = 256, grid on chip to H = 2048, grid streamed to H = 8192"
+
+
 @pytest.mark.parametrize(("arch", "more"), [(80, ""), (90, ""), (90, "--packed"), (100, "")])
 def test_compiles_ahead_of_time(arch: int, more: str) -> None:
     """For a GPU that is not here: within its shared memory, and no register of the resident kernel spills."""

@@ -22,3 +22,5 @@ class Backend:
     recurrence_: Callable[..., None]
     recurrence_backward: Callable[..., tuple[Tensor, Tensor]]
     recurrence_backward_stats: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    #: what of it has not yet run on hardware, for rnnkern doctor; empty where nothing
+    unproven: str = ""

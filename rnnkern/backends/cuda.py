@@ -69,4 +69,5 @@ CUDA = Backend(
     recurrence_=_operator("recurrence_"),
     recurrence_backward=_operator("recurrence_backward"),
     recurrence_backward_stats=_operator("recurrence_backward_stats"),
+    unproven="kernels a few small changes older have run on an H100, these on the CPU twin; nothing on other GPUs",
 )

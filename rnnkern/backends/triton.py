@@ -325,4 +325,5 @@ TRITON = Backend(
     recurrence_=_operator(recurrence_, mutates=("z",)),
     recurrence_backward=_operator(recurrence_backward),
     recurrence_backward_stats=_operator(recurrence_backward_stats),
+    unproven="kernels a few small changes older have run on an H100, these in the interpreter; nothing on other GPUs",
 )
