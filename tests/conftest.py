@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # What is said of float32 is said of float32. TF32, which PyTorch allows RNNs by default, has its own tests.
     torch.backends.cudnn.allow_tf32 = False
     if interprets() and BACKENDS["triton"].unavailable() is None:
-        triton_interpreter.round_to_nearest()
+        triton_interpreter.convert_as_devices_do()
 
 
 def need(name: str) -> None:

@@ -1,4 +1,5 @@
-"""Triton's interpreter truncates where it makes a bfloat16 of a float32; devices round to nearest, ties to even."""
+"""Triton's interpreter truncates where it makes a bfloat16 of a float32, and a subnormal bfloat16 becomes another number
+on its way to float32. Devices round to nearest, ties to even, and widen exactly."""
 
 from __future__ import annotations
 
@@ -7,19 +8,23 @@ from typing import Any
 import numpy as np
 
 
-def round_to_nearest() -> None:
-    """Let the interpreter round as devices do."""
+def convert_as_devices_do() -> None:
+    """Let the interpreter convert between bfloat16 and float32 as devices do."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     interpreted = InterpreterBuilder.cast_impl
 
     def cast(self: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+        kinds = (source.dtype.scalar, target.scalar)
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = source.data.view(np.uint32)
+            rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+            data = np.where(np.isnan(source.data), np.uint16(0x7FC0), rounded)
+        elif kinds == (tl.bfloat16, tl.float32):
+            data = (source.data.astype(np.uint32) << 16).view(np.float32)
+        else:
             return interpreted(self, source, target)
-        bits = source.data.view(np.uint32)
-        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-        return TensorHandle(np.where(np.isnan(source.data), np.uint16(0x7FC0), rounded), target.scalar)
+        return TensorHandle(data, target.scalar)
 
-    for name in ("cast_impl", "create_fp_trunc"):
-        setattr(InterpreterBuilder, name, cast)
+    InterpreterBuilder.cast_impl = cast
