@@ -261,7 +261,7 @@ def test_no_gradient_at_all(backend: Backend, device: str) -> None:
 def test_vanishing(backend: Backend, device: str, dtype: torch.dtype) -> None:
     """T = 2000 and gain 0.3, a loss on the last step: right as far as numbers reach, then exactly zero."""
     serve(backend, dtype, device=device)
-    T, H = 2000, 32
+    T, H = many(backend, device), 32
 
     def problem(seed: int) -> Problem:
         p = make_problem(T, 8, H, dtype, with_grad_hn=False, seed=seed, device=device)
@@ -284,12 +284,18 @@ def long_enough(dtype: torch.dtype) -> int:
     return 2000 if dtype in (torch.float32, torch.float64) else 300
 
 
+def many(backend: Backend, device: str) -> int:
+    """2000 steps; 400 where Triton's interpreter walks them, as float32 has left its range by then both ways."""
+    return 400 if (backend.name, device) == ("triton", "cpu") else 2000
+
+
 @dtypes
 @directions
 def test_exploding_to_infinity(backend: Backend, device: str, dtype: torch.dtype, reverse: bool) -> None:
     """Equal weights, gain 2: infinite exactly where plain PyTorch is, as the sums are exact in any order."""
     serve(backend, dtype, device=device)
-    p = make_problem(long_enough(dtype), 2, 8, dtype, nonlinearity="relu", reverse=reverse, device=device)
+    steps = min(long_enough(dtype), many(backend, device))
+    p = make_problem(steps, 2, 8, dtype, nonlinearity="relu", reverse=reverse, device=device)
     start = torch.tensor([[0.75], [1.25]], dtype=dtype, device=device).expand(2, 8)
     p = p.replace(
         z=torch.zeros_like(p.z),
@@ -311,7 +317,9 @@ def test_exploding_to_infinity(backend: Backend, device: str, dtype: torch.dtype
 def test_exploding_to_nan(backend: Backend, device: str, dtype: torch.dtype, nonlinearity: str, reverse: bool) -> None:
     """1.5 times a permutation: no sum has two terms, so overflow, then inf·0, come at the same step for everyone."""
     serve(backend, dtype, device=device)
-    p = make_problem(2000, 2, 13, dtype, nonlinearity=nonlinearity, reverse=reverse, with_grad_hn=False, device=device)
+    steps = many(backend, device)
+    options = dict(nonlinearity=nonlinearity, reverse=reverse, with_grad_hn=False, device=device)
+    p = make_problem(steps, 2, 13, dtype, **options)
     grad_h = torch.zeros_like(p.z)
     last = 0 if reverse else -1
     grad_h[last] = p.grad_h[last]

@@ -1,5 +1,5 @@
-"""Triton's interpreter truncates where it makes a bfloat16 of a float32, and a subnormal bfloat16 becomes another number
-on its way to float32. Devices round to nearest, ties to even, and widen exactly."""
+"""Triton's interpreter truncates where it makes a bfloat16 of a float32, and a subnormal bfloat16 becomes another
+number on its way to float32. Devices round to nearest, ties to even, and widen exactly."""
 
 from __future__ import annotations
 
