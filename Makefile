@@ -19,7 +19,7 @@ ARGS ?=
 
 RUN := .venv/bin/python
 LIBRARY := rnnkern/_cpu.so
-CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc'))
+CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc'))
 
 # Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
