@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ class RNNFunction(torch.autograd.Function):
     "gradient" is the statistics of the backward chain: ``tap.grad[0] = ‖∂L/∂h_t‖²`` per step and sample, ``[1]`` the
     part that came from later steps, ``[2]`` ``‖δ_t‖²``. Statistics of several passes add up, as squares should.
 
-    The first backward runs the kernel. A backward that is itself to be differentiated (``create_graph=True``) is the
-    reference chain, in plain PyTorch operations of the saved h; from there gradients come back into this very node.
+    A backward that may be differentiated itself (``create_graph=True``, and any under ``torch.func``) runs the same
+    kernel, as a node of its own: :class:`RNNBackwardFunction`. From there gradients come back into this very node.
     """
 
     @staticmethod
@@ -48,15 +49,12 @@ class RNNFunction(torch.autograd.Function):
         reverse, nonlinearity, clip, backend = ctx.options
         if grad_h is None:
             grad_h = h.new_zeros(()).expand_as(h)
+        chain = (grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
+        with_stats = ctx.tapped and ctx.needs_input_grad[3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            backends.tell_once("create_graph=True: the backward chain runs on the plain PyTorch reference")
-            backend = "reference"
-        chain = (backend, grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
-        stats = None
-        if ctx.tapped and ctx.needs_input_grad[3]:
-            delta, grad_h0, stats = ops.recurrence_backward_stats(*chain)
+            delta, grad_h0, stats = RNNBackwardFunction.apply(*chain, backend, with_stats)
         else:
-            delta, grad_h0 = ops.recurrence_backward(*chain)
+            delta, grad_h0, stats = _backward(backend, with_stats, *chain)
         grad_w_hh = _grad_w_hh(delta, h, h0, batch_sizes, reverse) if ctx.needs_input_grad[2] else None
         return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None
 
@@ -99,6 +97,59 @@ class TransformableRNNFunction(torch.autograd.Function):
         return h_dot, reference.last_states(h_dot, h0_dot, batch_sizes, reverse)
 
 
+class RNNBackwardFunction(torch.autograd.Function):
+    """The backward chain as a node of the graph; its own derivatives are those of the reference chain.
+
+    ``apply(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip, backend, with_stats)`` returns
+    ``delta`` like ``h``, ``grad_h0 (B, H)``, and the statistics (3, T, B), which are not differentiable, or None.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        *chain, backend, with_stats = arguments
+        return _backward(backend, with_stats, *chain)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        *tensors, ctx.reverse, ctx.nonlinearity, ctx.clip, _, _ = inputs
+        if output[2] is not None:
+            ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_delta: Tensor, grad_grad_h0: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        backends.tell_once("double backward: the chain is differentiated on the plain PyTorch reference")
+        chain, given = _reference_chain(ctx)
+        pull_back = torch.func.vjp(chain, *given)[1]
+        grads = iter(pull_back((grad_delta, grad_grad_h0)))
+        return *(None if x is None else next(grads) for x in ctx.saved_tensors[:5]), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
+        backends.tell_once("forward-mode AD: tangents run on the plain PyTorch reference")
+        chain, given = _reference_chain(ctx)
+        pairs = zip(ctx.saved_tensors[:5], tangents)
+        dots = tuple(torch.zeros_like(x) if dot is None else dot for x, dot in pairs if x is not None)
+        delta_dot, grad_h0_dot = torch.func.jvp(chain, given, dots)[1]
+        return delta_dot, grad_h0_dot, None
+
+
+def _reference_chain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """delta and grad_h0 as a function of those of grad_h, grad_hn, h, h0, w_hh that there are; and these."""
+    *tensors, batch_sizes = ctx.saved_tensors
+    options: tuple[Any, ...] = (batch_sizes, ctx.reverse, ctx.nonlinearity, ctx.clip)
+
+    def chain(*given: Tensor) -> tuple[Tensor, Tensor]:
+        remaining = iter(given)
+        arguments: list[Any] = [None if x is None else next(remaining) for x in tensors]
+        return reference.recurrence_backward(*arguments, *options)
+
+    return chain, tuple(x for x in tensors if x is not None)
+
+
 def _forward(
     z: Tensor,
     h0: Tensor,
@@ -110,6 +161,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     h = ops.recurrence(backend, z, h0, w_hh, batch_sizes, reverse, nonlinearity)
     return h, reference.last_states(h, h0, batch_sizes, reverse)
+
+
+def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    if with_stats:
+        return ops.recurrence_backward_stats(backend, *chain)
+    return *ops.recurrence_backward(backend, *chain), None
 
 
 def _save(
@@ -128,8 +185,12 @@ def _grad_w_hh(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | None,
         return delta.T @ reference.previous_states(h, h0, batch_sizes, reverse)
     if h.shape[0] == 0:
         return delta.new_zeros(h.shape[-1], h.shape[-1])
-    first, rest, earlier = (delta[-1], delta[:-1], h[1:]) if reverse else (delta[0], delta[1:], h[:-1])
-    return torch.addmm(first.T @ h0, rest.flatten(0, 1).T, earlier.flatten(0, 1))
+    B = h0.shape[0]
+    N = h.shape[0] * B
+    delta, h = delta.flatten(0, 1), h.flatten(0, 1)
+    if reverse:
+        return torch.addmm(delta[N - B :].T @ h0, delta[: N - B].T, h[B:])
+    return torch.addmm(delta[:B].T @ h0, delta[B:].T, h[: N - B])
 
 
 def recurrence(

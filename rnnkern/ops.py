@@ -1,10 +1,13 @@
-"""The operators: their fake implementations for tracing, and the one call into a backend.
+"""The operators: their fake implementations for tracing, their rules under vmap, and the one call into a backend.
 
 Schemas stand in csrc/ops.cpp; ``rnnkern::recurrence`` and its backwards dispatch on the device of their tensors.
 ``rnnkern::triton_recurrence`` and its backwards are the same for the Triton backend.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,12 +101,50 @@ def _fake_backward_stats(grad_h, grad_hn, h, h0, w_hh, batch_sizes, *rest):  # t
     return (*_fake_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, *rest), stats)
 
 
+def _fold(x: Tensor | None, dim: int | None, n: int) -> Tensor | None:
+    """(.., B, H), and a vmap dimension at ``dim`` if it has one -> (.., B·n, H): n samples for each that there was."""
+    if x is None:
+        return None
+    return (x.unsqueeze(-2).expand(*x.shape[:-1], n, -1) if dim is None else x.movedim(dim, -2)).flatten(-3, -2)
+
+
+def _vmap_rule(operator: Any, rows: int) -> Callable[..., Any]:
+    """The rule of an operator whose first ``rows`` arguments are rows of samples, followed by w_hh and batch_sizes.
+
+    Where the weights are shared, what vmap maps over becomes samples of one larger batch. An ensemble, whose members
+    have weights of their own, is one call for each.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        n, w_hh, batch_sizes = info.batch_size, args[rows], args[rows + 1]
+        if in_dims[rows + 1] is not None:
+            raise RuntimeError("batch_sizes must be the same for everything that vmap maps over")
+        if in_dims[rows] is not None:
+            members = [operator(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims))) for i in range(n)]
+            if isinstance(members[0], Tensor):
+                return torch.stack(members), 0
+            return tuple(map(torch.stack, zip(*members))), (0,) * len(members[0])
+        folded = (_fold(x, d, n) for x, d in zip(args[:rows], in_dims))
+        larger = None if batch_sizes is None else batch_sizes * n
+        result = operator(*folded, w_hh, larger, *args[rows + 2 :])
+        if isinstance(result, Tensor):
+            return result.unflatten(-2, (-1, n)), result.dim() - 1
+        delta, grad_h0, *stats = result
+        parts = [x.unflatten(-2, (-1, n)) for x in (delta, grad_h0)] + [s.unflatten(-1, (-1, n)) for s in stats]
+        return tuple(parts), (delta.dim() - 1, 1, *(3 for _ in stats))
+
+    return rule
+
+
 #: Of the operators that the C++ library registers, and of those that backends/triton.py registers.
 for _prefix in ["triton_", *([""] if extension.unavailable() is None else [])]:
-    for _name, _fake in (
-        ("recurrence", _fake_recurrence),
-        ("recurrence_", _fake_recurrence_),
-        ("recurrence_backward", _fake_backward),
-        ("recurrence_backward_stats", _fake_backward_stats),
+    for _name, _fake, _rows in (
+        ("recurrence", _fake_recurrence, 2),  # z, h0
+        ("recurrence_", _fake_recurrence_, 0),
+        ("recurrence_backward", _fake_backward, 4),  # grad_h, grad_hn, h, h0
+        ("recurrence_backward_stats", _fake_backward_stats, 4),
     ):
         torch.library.register_fake(f"rnnkern::{_prefix}{_name}")(_fake)
+        if _rows:
+            _operator = getattr(torch.ops.rnnkern, _prefix + _name).default
+            torch.library.register_vmap(f"rnnkern::{_prefix}{_name}", _vmap_rule(_operator, _rows))

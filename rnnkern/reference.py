@@ -41,7 +41,7 @@ def join_steps(steps: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(steps) if like.dim() == 3 else torch.cat(steps)
 
 
-def _with_rows(state: Tensor, rows: Tensor) -> Tensor:
+def with_rows(state: Tensor, rows: Tensor) -> Tensor:
     """``state`` (B, H) with its first rows replaced by ``rows`` (n, H)."""
     n = rows.shape[0]
     return rows if n == state.shape[0] else torch.cat([rows, state[n:]])
@@ -62,7 +62,7 @@ def recurrence(
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         n = steps[t].shape[0]
         h[t] = activation(nonlinearity, steps[t] + state[:n] @ w_hh.T)
-        state = _with_rows(state, h[t])
+        state = with_rows(state, h[t])
     return join_steps(h, z)
 
 
@@ -124,7 +124,7 @@ def _backward(
         if with_stats:
             squares = torch.stack([v.double().square().sum(-1) for v in (g, r, delta[t])])
             stats[t] = torch.nn.functional.pad(squares, (0, B - squares.shape[1]))
-        carry = _with_rows(carry, delta[t] @ w_hh)
+        carry = with_rows(carry, delta[t] @ w_hh)
     joined = torch.stack(stats, 1) if with_stats and T else h0.new_zeros((3, T, B), dtype=torch.float64)
     return join_steps(delta, h), carry.clone(), joined
 
@@ -151,7 +151,7 @@ def recurrence_jvp(
     for t in reversed(range(T)) if reverse else range(T):
         n = h_steps[t].shape[0]
         h_dot[t] = times_derivative(nonlinearity, a_steps[t] + state[:n] @ w_hh.T, h_steps[t])
-        state = _with_rows(state, h_dot[t])
+        state = with_rows(state, h_dot[t])
     return join_steps(h_dot, h)
 
 
@@ -181,7 +181,7 @@ def last_states(h: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool
         return (h[0] if reverse else h[-1]).clone()
     B = h0.shape[0]
     if reverse:
-        return h[:B].clone()
+        return h.narrow(0, 0, B).clone()  # a slice would end where h does, which a compiler cannot rule out
     lengths = (batch_sizes > torch.arange(B)[:, None]).sum(1)
     offsets = batch_sizes.cumsum(0) - batch_sizes
     return h.index_select(0, (offsets[lengths - 1] + torch.arange(B)).to(h.device))

@@ -1,4 +1,4 @@
-"""RNNFunction under autograd, torch.func, torch.library and torch.compile."""
+"""RNNFunction under autograd, torch.func and torch.library."""
 
 from __future__ import annotations
 
@@ -271,35 +271,7 @@ def test_jvp(backend: Backend, device: str) -> None:
     torch.testing.assert_close(got, torch.einsum("tbhsci,sci->tbh", jacobian, tangent))
 
 
-@pytest.mark.float64
-def test_gradients_per_sample(backend: Backend, device: str) -> None:
-    module, weights, x = small_module(device)
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(module, weights, (x[:, None],))[0].square().sum()
-
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(weights, x)
-    for b in range(x.shape[1]):
-        alone = torch.func.grad(loss)(weights, x[:, b])
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad[b], alone[name])
-
-
-@pytest.mark.float64
-def test_ensemble(backend: Backend, device: str) -> None:
-    modules = [rnnkern.RNN(2, 3, 2, dtype=torch.float64, device=device) for _ in range(4)]
-    weights, buffers = torch.func.stack_module_state(modules)
-    x = torch.randn(4, 5, 2, dtype=torch.float64, device=device)
-
-    def call(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(modules[0], (weights, buffers), (x,))[0]
-
-    outputs = torch.func.vmap(call)(weights, buffers)
-    for output, module in zip(outputs, modules, strict=True):
-        torch.testing.assert_close(output, module(x)[0])
-
-
-# torch.library and torch.compile
+# torch.library
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -315,58 +287,6 @@ def test_opcheck(cpu_library: None, dtype: torch.dtype, shape: str) -> None:
     strided = p.replace(z=p.z.transpose(0, 1).contiguous().transpose(0, 1), w_hh=p.w_hh.T)
     torch.library.opcheck(operators.recurrence.default, strided.forward)
     torch.library.opcheck(operators.recurrence_backward_stats.default, strided.backward)
-
-
-def train(call: Callable[..., Any], module: nn.Module, x: Tensor, hx: Tensor) -> list[Tensor]:
-    module.zero_grad()
-    x, hx = x.detach().requires_grad_(), hx.detach().requires_grad_()
-    output, h_n = call(x, hx)
-    (output.square().sum() + h_n.sum()).backward()
-    return [output, h_n, x.grad, hx.grad, *(p.grad for p in module.parameters())]
-
-
-@pytest.mark.float64
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(backend: Backend, device: str, compiler: str) -> None:
-    """One graph, forward and backward, with the numbers of eager mode; other lengths and batches too."""
-    if compiler == "inductor" and backend.name == "reference":
-        pytest.skip("an unrolled loop is slow to compile, and nothing of ours is in it")
-    torch._dynamo.reset()
-    module = rnnkern.RNN(3, 5, 2, bidirectional=True, dtype=torch.float64, device=device)
-    compiled = torch.compile(module, fullgraph=True, backend=compiler)
-    sizes = {"inductor": [(4, 2)], "aot_eager": [(4, 2), (4, 3) if backend.name == "reference" else (7, 3)]}
-    for T, B in sizes[compiler]:
-        x = torch.randn(T, B, 3, dtype=torch.float64, device=device)
-        hx = torch.randn(4, B, 5, dtype=torch.float64, device=device)
-        torch.testing.assert_close(train(compiled, module, x, hx), train(module, module, x, hx))
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x, hx), module(x, hx))
-
-
-def test_compile_keeps_dropout(backend: Backend, device: str) -> None:
-    torch._dynamo.reset()
-    module = rnnkern.RNN(3, 5, 2, dropout=0.5, device=device)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 2, 3, device=device)
-    outputs = []
-    for call in (compiled, module):
-        torch.manual_seed(1)
-        outputs.append(call(x)[0])
-    torch.testing.assert_close(*outputs)
-    assert not torch.equal(compiled(x)[0], outputs[0])
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_export(cpu_library: None, strict: bool) -> None:
-    """T and B are dynamic; one operator per layer and direction."""
-    module = rnnkern.RNN(3, 5, 2, bidirectional=True).eval()
-    dynamic = {"input": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}
-    with torch.no_grad():
-        program = torch.export.export(module, (torch.randn(4, 6, 3),), dynamic_shapes=dynamic, strict=strict)
-        x = torch.randn(9, 3, 3)
-        torch.testing.assert_close(program.module()(x), module(x))
-    calls = [str(n.target) for n in program.graph.nodes if "rnnkern" in str(n.target)]
-    assert len(calls) == 4
 
 
 def test_function_refuses_nothing_it_promises(backend: Backend, device: str) -> None:
