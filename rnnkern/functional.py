@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnkern import loop
 from rnnkern.autograd import INF, recurrence
 
 #: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-#: (layer, direction) -> the tap of that recurrence in one forward: a (3, T, B) float64 leaf that requires grad
+#: weight (H), bias (H) of a layer normalisation
+NormWeights = tuple[Tensor, Tensor]
+#: (layer, direction) -> the tap of that recurrence in one forward: a (3, T, B) float64 tensor that requires grad
 Taps = Callable[[int, int], Tensor]
-#: (T, B, batch_sizes, unsorted_indices, device) -> the taps of one forward, or None: nobody wants its statistics
-TapFactory = Callable[[int, int, Tensor | None, Tensor | None, torch.device], Taps | None]
+#: (input, T, B, batch_sizes, unsorted_indices) -> the taps of one forward, or None: nobody wants its statistics
+TapFactory = Callable[[Tensor, int, int, Tensor | None, Tensor | None], Taps | None]
+
+
+class Output(NamedTuple):
+    """What :func:`rnn` returns."""
+
+    output: Tensor  # (T, B, directions·H) or (N, directions·H)
+    h_n: Tensor  # (layers·directions, B, H)
+    states: list[Tensor]  # of each layer, like output, before dropout and residual connections; [] if not asked for
 
 
 def rnn(
@@ -29,8 +41,13 @@ def rnn(
     training: bool = False,
     batch_sizes: Tensor | None = None,
     clip: float = INF,
+    recurrent_dropout: float = 0.0,
+    layer_norm: str | None = None,
+    norms: Sequence[NormWeights] = (),
+    residual: bool = False,
+    with_states: bool = False,
     taps: Taps | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Output:
     """A stack of tanh or ReLU RNN layers.
 
     Args:
@@ -40,10 +57,14 @@ def rnn(
         dropout: probability of zeroing an element of a layer's output, all layers but the last, while ``training``.
         batch_sizes: (T,) int64 on the CPU, non-increasing: rows at each step.
         clip: clamp every element of ∂L/∂h_t to ±clip on its way back through time; inf for none.
+        recurrent_dropout: probability of zeroing a unit of h_{t-1} on its way into h_t, while ``training``; one mask
+            for each sample, layer and direction serves all steps (Gal & Ghahramani 2016). Runs on the reference.
+        layer_norm: ``"input"`` normalises x_t W_ihᵀ + b (Amodei et al. 2016, with layer instead of batch statistics),
+            ``"preactivation"`` all of z_t + h_{t-1} W_hhᵀ (Ba, Kiros & Hinton 2016), which runs on the reference.
+        norms: weight and bias of the normalisation, one entry per layer and direction.
+        residual: add its input to the output of every layer but the first.
+        with_states: keep the states of every layer, for the return value.
         taps: makes the taps whose gradients are the statistics of the backward chain, see RNNFunction.
-
-    Returns:
-        output (T, B, directions·H) or (N, directions·H), and h_n (layers·directions, B, H).
 
     Raises:
         RuntimeError: naming the argument whose shape, dtype or device does not fit.
@@ -58,31 +79,42 @@ def rnn(
         dtype = torch.get_autocast_dtype(input.device.type)
         h0 = h0.to(dtype)
         weights = [(w_ih, w_hh.to(dtype), b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh in weights]
+    states: list[Tensor] = []
     final_states = []
-    for layer in range(len(weights) // directions):
+    layers = len(weights) // directions
+    for layer in range(layers):
         outputs = []
         for direction in range(directions):
             index = layer * directions + direction
             w_ih, w_hh, b_ih, b_hh = weights[index]
             z, state = F.linear(input, w_ih, _sum(b_ih, b_hh)), h0[index]
+            if layer_norm == "input":
+                z = F.layer_norm(z, z.shape[-1:], *norms[index]).to(z.dtype)  # autocast normalises in float32
             # A tap requires grad: alone it would make the output of a frozen net require grad too.
             tapped = taps is not None and (z.requires_grad or state.requires_grad or w_hh.requires_grad)
-            h, h_n = recurrence(
-                z,
-                state,
-                w_hh,
+            options: dict[str, Any] = dict(
                 batch_sizes=batch_sizes,
                 reverse=direction == 1,
                 nonlinearity=nonlinearity,
                 clip=clip,
                 tap=taps(layer, direction) if taps is not None and tapped else None,
             )
+            if layer_norm == "preactivation" or (recurrent_dropout > 0 and training):
+                norm = norms[index] if layer_norm == "preactivation" else None
+                masked = recurrent_dropout > 0 and training
+                mask = F.dropout(torch.ones_like(state), recurrent_dropout) if masked else None
+                h, h_n = loop.recurrence(z, state, w_hh, mask=mask, norm=norm, **options)
+            else:
+                h, h_n = recurrence(z, state, w_hh, **options)
             outputs.append(h)
             final_states.append(h_n)
-        input = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if dropout > 0 and training and layer < len(weights) // directions - 1:
+        joined = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if with_states:
+            states.append(joined)
+        input = joined + input if residual and layer > 0 else joined
+        if dropout > 0 and training and layer < layers - 1:
             input = F.dropout(input, dropout)
-    return input, final_states[0][None] if len(final_states) == 1 else torch.stack(final_states)
+    return Output(input, final_states[0][None] if len(final_states) == 1 else torch.stack(final_states), states)
 
 
 def autocast_enabled(device: torch.device) -> bool:
@@ -93,4 +125,28 @@ def autocast_enabled(device: torch.device) -> bool:
 def _sum(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:
     if b_ih is None or b_hh is None:
         return b_ih if b_hh is None else b_hh
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _Sum.apply(b_ih, b_hh)
     return b_ih + b_hh
+
+
+class _Sum(torch.autograd.Function):
+    """a + b, with a gradient of its own for each.
+
+    The two are equal, and Inductor gives both parameters the same memory: a second backward, which accumulates into
+    it, then counts twice (torch 2.13). The copy is an operator, as a compiler would see through ``clone``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ops.rnnkern.copied(grad)
+
+
+_library = torch.library.Library("rnnkern", "FRAGMENT")
+_library.define("copied(Tensor x) -> Tensor")
+_library.impl("copied", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("rnnkern::copied", torch.empty_like, lib=_library)

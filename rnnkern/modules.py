@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern.functional import LayerWeights, TapFactory, autocast_enabled, rnn
+from rnnkern import padding
+from rnnkern.functional import INF, LayerWeights, NormWeights, Output, TapFactory, autocast_enabled, rnn
 
 
 class RNN(nn.RNNBase):
@@ -33,6 +35,20 @@ class RNN(nn.RNNBase):
         bidirectional: a second set of weights (``_reverse``) walks the sequence from its end.
         proj_size: not for RNN; as with :class:`torch.nn.RNN` it is a ValueError.
 
+    What torch.nn.RNN does not have:
+
+    Args:
+        clip: clamp every element of ∂L/∂h_t to ±clip on its way back through time (Graves 2013), inside the backward
+            kernel. Units of L / h; inf for none.
+        recurrent_dropout: probability of dropping a unit of h_{t-1} on its way into h_t while training, with one mask
+            per sequence (Gal & Ghahramani 2016). No kernel computes it: it runs in plain PyTorch, step by step.
+        layer_norm: ``'input'`` normalises x_t W_ihᵀ + b_ih + b_hh over its H units, outside the kernel;
+            ``'preactivation'`` normalises all that the nonlinearity gets (Ba, Kiros & Hinton 2016), which no kernel
+            computes: it runs in plain PyTorch, step by step. Adds ``norm_weight_l{k}`` and ``norm_bias_l{k}`` (H),
+            with ``_reverse`` for the other direction, which begin at 1 and 0.
+        residual: add its input to the output of every layer but the first.
+        allow_empty: T = 0 is no error; its output is empty and h_n is hx. With ``lengths``, samples may have length 0.
+
     Shapes:
         input (T, B, I), (B, T, I) with ``batch_first``, (T, I) unbatched, or a PackedSequence;
         hx (num_layers·D, B, H), zeros by default; output (T, B, D·H); h_n (num_layers·D, B, H).
@@ -40,13 +56,20 @@ class RNN(nn.RNNBase):
 
     Raises:
         ValueError, TypeError: from the constructor, as torch.nn.RNN.
-        ValueError: input that is not 2-D or 3-D, or whose dtype is not that of the weights.
-        RuntimeError: sizes of ``input`` or ``hx`` that do not fit, an empty sequence, ``hx`` of another dtype, or
-            tensors on different devices.
+        ValueError: input that is not 2-D or 3-D, or whose dtype is not that of the weights; lengths that do not fit.
+        RuntimeError: sizes of ``input`` or ``hx`` that do not fit, an empty sequence, ``hx`` of another dtype,
+            tensors on different devices, or an option that a backend named by the caller does not serve.
     """
 
     #: set by rnnkern.watch for as long as it watches
     tap: TapFactory | None = None
+
+    # What modules have that were made by torch.nn.RNN or by an earlier version, and read from a file.
+    clip: float = INF
+    recurrent_dropout: float = 0.0
+    layer_norm: str | None = None
+    residual: bool = False
+    allow_empty: bool = False
 
     def __init__(
         self,
@@ -62,6 +85,11 @@ class RNN(nn.RNNBase):
         dtype: Any = None,
         *,
         proj_size: int | None = None,
+        clip: float = INF,
+        recurrent_dropout: float = 0.0,
+        layer_norm: str | None = None,
+        residual: bool = False,
+        allow_empty: bool = False,
     ) -> None:
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -81,12 +109,76 @@ class RNN(nn.RNNBase):
             dtype=dtype,
         )
         self.nonlinearity = nonlinearity
+        self._set_options(clip, recurrent_dropout, layer_norm, residual, allow_empty)
+        for suffix in self._suffixes() if layer_norm is not None else ():
+            for name, value in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
+                setattr(self, name + suffix, nn.Parameter(value(hidden_size, device=device, dtype=dtype)))
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
-        """output and h_n; see the class for shapes and errors."""
+    def _set_options(
+        self, clip: float, recurrent_dropout: float, layer_norm: str | None, residual: bool, allow_empty: bool
+    ) -> None:
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+            raise ValueError(f"clip must be a positive number (inf for none), got {clip!r}")
+        if isinstance(recurrent_dropout, bool) or not isinstance(recurrent_dropout, (int, float)):
+            raise TypeError(f"recurrent_dropout must be a number, got {type(recurrent_dropout).__name__}")
+        if not 0 <= recurrent_dropout <= 1:
+            raise ValueError(f"recurrent_dropout must be in [0, 1], got {recurrent_dropout}")
+        if layer_norm not in (None, "input", "preactivation"):
+            raise ValueError(f"layer_norm must be None, 'input' or 'preactivation', got {layer_norm!r}")
+        for name, value in (("residual", residual), ("allow_empty", allow_empty)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        self.clip, self.recurrent_dropout = float(clip), float(recurrent_dropout)
+        self.layer_norm, self.residual, self.allow_empty = layer_norm, residual, allow_empty
+
+    def _suffixes(self) -> list[str]:
+        """Of the parameters' names, one for each layer and direction."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+
+    def reset_parameters(self) -> None:
+        """Weights and biases from U(±1/√H), in the order of torch.nn.RNN; normalisations at 1 and 0."""
+        norms = {name: p for name, p in self.named_parameters(recurse=False) if name.startswith("norm_")}
+        bound = self.hidden_size**-0.5
+        for name, p in self.named_parameters():
+            if name not in norms:
+                nn.init.uniform_(p, -bound, bound)
+        for name, p in norms.items():
+            nn.init.constant_(p, 1 if name.startswith("norm_weight") else 0)
+
+    def extra_repr(self) -> str:
+        """As torch.nn.RNN's, and the options that it does not have where they are in use."""
+        return ", ".join([super().extra_repr(), *self._beyond_nn_rnn()])
+
+    def _beyond_nn_rnn(self) -> list[str]:
+        """The options in use that torch.nn.RNN does not have, as keyword arguments."""
+        options = ("clip", "recurrent_dropout", "layer_norm", "residual", "allow_empty")
+        return [f"{name}={getattr(self, name)!r}" for name in options if getattr(self, name) != getattr(RNN, name)]
+
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """output and h_n; see the class for shapes and errors.
+
+        Args:
+            input, hx: as for torch.nn.RNN.
+            lengths: (B,) the steps that each sample of a padded, batched ``input`` has, in any order: as a
+                PackedSequence without packing. output is 0 in the steps that a sample does not have, and h_n is each
+                sample's state after its own last step. A tensor on a GPU is waited for.
+            return_states: also return a tuple with the states of every layer, each shaped like output; before dropout
+                and residual connections.
+        """
         if isinstance(input, PackedSequence):
-            output, h_n = self._run(input.data, hx, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-            return PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
+            if lengths is not None:
+                raise ValueError("lengths must be None for a PackedSequence, which has its own")
+            indices = input.sorted_indices, input.unsorted_indices
+            result = self._run(input.data, hx, input.batch_sizes, *indices, with_states=return_states)
+            return _returned(result, lambda rows: PackedSequence(rows, input.batch_sizes, *indices), return_states)
         if input.dim() not in (2, 3):
             raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
         batched = input.dim() == 3
@@ -94,12 +186,17 @@ class RNN(nn.RNNBase):
             kind = "batched 3-D" if batched else "unbatched 2-D"
             raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
         if not batched:
-            output, h_n = self._run(input.unsqueeze(1), None if hx is None else hx.unsqueeze(1))
-            return output.squeeze(1), h_n.squeeze(1)
-        if not self.batch_first:
-            return self._run(input, hx)
-        output, h_n = self._run(input.transpose(0, 1), hx)
-        return output.transpose(0, 1), h_n
+            if lengths is not None:
+                raise ValueError(f"lengths must be None for an unbatched input, got {lengths}")
+            result = self._run(input.unsqueeze(1), None if hx is None else hx.unsqueeze(1), with_states=return_states)
+            result = result._replace(h_n=result.h_n.squeeze(1))
+            return _returned(result, lambda rows: rows.squeeze(1), return_states)
+        x = input.transpose(0, 1) if self.batch_first else input
+        if lengths is None:
+            result = self._run(x, hx, with_states=return_states)
+        else:
+            result = padding.run(self._run, x, hx, lengths, self.allow_empty, return_states)
+        return _returned(result, (lambda rows: rows.transpose(0, 1)) if self.batch_first else None, return_states)
 
     def _run(
         self,
@@ -108,20 +205,21 @@ class RNN(nn.RNNBase):
         batch_sizes: Tensor | None = None,
         sorted_indices: Tensor | None = None,
         unsorted_indices: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        B = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        with_states: bool = False,
+    ) -> Output:
+        T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
+        self.check_input(input, batch_sizes)
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
         if hx is None:
             hx = torch.zeros(states, dtype=input.dtype, device=input.device)
-        elif sorted_indices is not None:
-            hx = hx.index_select(1, sorted_indices)
-        self.check_input(input, batch_sizes)
-        self.check_hidden_size(hx, states)
-        if batch_sizes is None and input.shape[0] == 0:
+        else:
+            self.check_hidden_size(hx, states)
+            if sorted_indices is not None:
+                hx = hx.index_select(1, sorted_indices)
+        if T == 0 and not self.allow_empty:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         self._check_places(hx, input)
-        T = input.shape[0] if batch_sizes is None else len(batch_sizes)
-        output, h_n = rnn(
+        result = rnn(
             input,
             hx,
             self._weights(),
@@ -130,9 +228,17 @@ class RNN(nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
-            taps=None if self.tap is None else self.tap(T, B, batch_sizes, unsorted_indices, input.device),
+            clip=self.clip,
+            recurrent_dropout=self.recurrent_dropout,
+            layer_norm=self.layer_norm,
+            norms=self._norms(),
+            residual=self.residual,
+            with_states=with_states,
+            taps=None if self.tap is None or T == 0 else self.tap(input, T, B, batch_sizes, unsorted_indices),
         )
-        return output, h_n if unsorted_indices is None else h_n.index_select(1, unsorted_indices)
+        if unsorted_indices is None:
+            return result
+        return result._replace(h_n=result.h_n.index_select(1, unsorted_indices))
 
     def _check_places(self, hx: Tensor, input: Tensor) -> None:
         weight = self.weight_hh_l0
@@ -152,6 +258,11 @@ class RNN(nn.RNNBase):
         return [
             (*(getattr(self, name) for name in names), *(() if self.bias else biases)) for names in self._all_weights
         ]
+
+    def _norms(self) -> list[NormWeights]:
+        if self.layer_norm is None:
+            return []
+        return [(getattr(self, "norm_weight" + end), getattr(self, "norm_bias" + end)) for end in self._suffixes()]
 
     # torch.nn.RNN keeps its weights a second time in a flat list, which falls behind when a weight is replaced, and
     # cannot be copied when a weight is computed. There is no such list here; the base class's uses of it read by name.
@@ -183,6 +294,23 @@ class RNN(nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.pop("_flat_weights", None)  # pickles of torch.nn.RNN carry one
+
+
+def _samples(hx: Tensor | None, batch_sizes: Tensor, sorted_indices: Tensor | None) -> Any:
+    """B of packed rows. A compiler does not know what batch_sizes holds: there B comes from a shape where it can."""
+    if not torch.compiler.is_compiling():
+        return int(batch_sizes[0])
+    if hx is not None and hx.dim() == 3:
+        return hx.shape[1]
+    return int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+
+
+def _returned(result: Output, form: Callable[[Tensor], Any] | None, with_states: bool) -> Any:
+    """What forward returns: ``form`` gives every layer's rows the form of the input."""
+    output = result.output if form is None else form(result.output)
+    if not with_states:
+        return output, result.h_n
+    return output, result.h_n, tuple(result.states if form is None else map(form, result.states))
 
 
 class RNNCell(nn.RNNCell):

@@ -78,6 +78,21 @@ def select(z: Tensor) -> Backend:
     return backend
 
 
+def require_reference(feature: str) -> None:
+    """Say once that a feature runs in plain PyTorch.
+
+    Raises:
+        RuntimeError: the caller has named a backend, which does not serve the feature.
+    """
+    if _chosen not in ("auto", REFERENCE.name):
+        raise RuntimeError(
+            f"backend {_checked(_chosen)!r} was asked for but cannot serve this call: no kernel computes {feature}; "
+            "the plain PyTorch reference does"
+        )
+    if not torch.compiler.is_compiling():
+        tell_once(f"{feature}: no kernel computes this; the plain PyTorch reference runs instead")
+
+
 def tell_once(message: str) -> None:
     """Log at INFO what runs on the reference, once per message and process."""
     if message not in _told:
