@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
 from rnnkern.gradflow import recorder
+from rnnkern.gradflow.taps import ModuleTaps
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -57,7 +58,7 @@ def test_off_is_one_attribute() -> None:
     assert model.rnn.tap is None
     flow = rnnkern.watch(model, every=2)
     assert callable(model.rnn.tap)
-    arguments = (4, 2, None, None, x.device)
+    arguments = (x, 4, 2, None, None)
     assert model.rnn.tap(*arguments) is not None
     with torch.no_grad():
         assert model.rnn.tap(*arguments) is None
@@ -70,7 +71,7 @@ def test_off_is_one_attribute() -> None:
 
 def test_a_tap_takes_no_memory() -> None:
     with rnnkern.watch(rnnkern.RNN(3, 4)) as flow:
-        taps = flow._recorder.taps("rnn", 1000, 64, None, None, torch.device("cpu"))
+        taps = ModuleTaps(flow._recorder, "rnn", torch.device("cpu"))(torch.zeros(1000, 64, 3), 1000, 64, None, None)
         assert taps is not None
         tap = taps(0, 0)
         assert tap.shape == (3, 1000, 64)

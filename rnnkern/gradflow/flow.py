@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import get_args
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from rnnkern.gradflow.record import ModuleRecord, Order, Record
 from rnnkern.gradflow.recorder import Recorder, close_recorder, open_recorder
+from rnnkern.gradflow.taps import ModuleTaps
 from rnnkern.modules import RNN
 
 
@@ -24,7 +25,7 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1) -> Flow:
     Args:
         model: a module that contains rnnkern.RNN modules, or is one.
         every: sample the steps whose number is a multiple of this, or for which this callable says True. It is asked
-            once a step, at the first forward; steps are numbered from 0 when the watching begins.
+            once a step, when the step begins; steps are numbered from 0 when the watching begins.
 
     Returns:
         The :class:`Flow` to read from. It is a context manager. The watching ends with ``close()``, with the ``with``
@@ -38,7 +39,8 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1) -> Flow:
     What is recorded is what ``backward()`` sends through the RNNs: ``torch.autograd.grad``, ``backward(inputs=...)``
     and ``torch.func.grad`` leave the taps out, and record nothing. Neither do forwards without grad mode, so an
     evaluation in between disturbs nothing. What ``torch.func.vmap`` maps over shares a row: squares add.
-    ``torch.compile`` breaks its graph at the taps, so ``fullgraph=True`` fails while a model is watched.
+    A compiled model is compiled again when the watching begins, once for steps that are sampled and once for the
+    others; it stays one graph.
 
     Example::
 
@@ -93,7 +95,7 @@ class Flow:
         self._every = every
         self._recorder = Recorder(model, {name: _shape(module) for name, module in modules.items()}, every)
         for name, module in modules.items():
-            module.tap = functools.partial(self._recorder.taps, name)
+            module.tap = ModuleTaps(self._recorder, name, module._weights()[0][1].device)
         open_recorder(self._recorder)
         # The modules hold the recorder, not this Flow: a Flow that nobody holds is closed.
         self._finalizer = weakref.finalize(self, _release, self._recorder, [weakref.ref(m) for m in modules.values()])
@@ -113,6 +115,23 @@ class Flow:
         """End the step: for loops without a torch.optim optimizer. After an optimizer's own step it does nothing."""
         self._recorder.end_step()
 
+    @contextmanager
+    def sequence(self) -> Iterator[Callable[[], None]]:
+        """What runs in this block is one long sequence in chunks, and one step: its record has all chunks in time.
+
+        Truncated BPTT steps the optimizer after each chunk; those steps end no step of the record. Call what the
+        block yields before each chunk; :class:`rnnkern.TruncatedBPTT` does. ∂L/∂h_t is then the gradient of the losses
+        in t's own chunk. Every chunk has the same samples in the same order.
+
+        Raises:
+            RuntimeError: a sequence is open already.
+        """
+        self._recorder.begin_sequence()
+        try:
+            yield self._recorder.next_chunk
+        finally:
+            self._recorder.end_sequence()
+
     def read(self, per_sample: bool = False, order: Order = "processing") -> Record | None:
         """The newest sampled step that has statistics, as far as it has come; None where there is none yet.
 
@@ -128,7 +147,7 @@ class Flow:
             order: the order of the T axis, see :class:`ModuleRecord`: "processing", "input" or "lag".
 
         Raises:
-            ValueError: an unknown order.
+            ValueError: an unknown order, or chunks of a sequence that do not fit together.
         """
         if order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")

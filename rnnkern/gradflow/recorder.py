@@ -1,20 +1,19 @@
-"""What happens while a model is watched: taps at its forwards, statistics at its backwards, and where a step ends.
+"""What is kept while a model is watched: forwards, the statistics of their backwards, and where a step ends.
 
-A tap is kept alive by the autograd graph of its forward, and by nothing else: where no backward comes, it goes with
-the graph. When a backward has brought its gradient, a hook takes that away into the step of the forward.
-
-    graph -> tap -> hook -> recorder, step, forward        recorder -> newest step -> its forwards -> statistics
+    graph -> tap -> recorder, step, forward        recorder -> newest step -> its forwards -> statistics
 
 No arrow leads back to the graph or to the model, so nothing waits for the garbage collector.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from rnnkern.functional import Taps
-
 #: of one module in one step: squares (3, layers, directions, T, B) float64 in input order, lengths (B,) int64
 Squares = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 #: Statistics of one step that are kept on the device. What reaches this is a loop whose steps nobody has told of.
 MAX_BYTES = 1 << 30
+
+#: Forwards of compiled graphs that are remembered until their backward comes; those without one are forgotten.
+MAX_HELD = 4096
 
 
 @dataclass(eq=False)
@@ -43,6 +43,7 @@ class Forward:
     B: int
     batch_sizes: Tensor | None  # (T,) int64 on the CPU
     unsorted_indices: Tensor | None  # (B,) int64
+    chunk: int = 0  # of its sequence, where the step is one
     stats: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # layer, direction -> (3, T, B)
 
     def lengths(self) -> NDArray[np.int64]:
@@ -54,13 +55,17 @@ class Forward:
 
 @dataclass(eq=False)
 class Step:
-    """The statistics of one step."""
+    """The statistics of one step.
+
+    Its forwards are samples side by side; where it is a sequence, its chunks follow one another in time.
+    """
 
     index: int
-    sampled: bool
+    is_sequence: bool = False
     forwards: int = 0
     bytes: int = 0
     received: list[Forward] = field(default_factory=list)
+    opened: list[Forward] = field(default_factory=list)  # all of a sequence: those without statistics take their time
     on_host: dict[str, Squares] | None = None
 
     def receive(self, forward: Forward, layer: int, direction: int, stats: Tensor) -> None:
@@ -76,9 +81,13 @@ class Step:
     def squares(self, modules: dict[str, tuple[int, int]]) -> dict[str, Squares]:
         """The statistics of each module that has some; waits for the device."""
         if self.on_host is None:
-            forwards = sorted(self.received, key=lambda forward: forward.number)
-            of_module = {name: [f for f in forwards if f.module == name] for name in modules}
-            self.on_host = {name: _joined(of_module[name], *modules[name]) for name in modules if of_module[name]}
+            self.on_host = {}
+            for name, (layers, directions) in modules.items():
+                if any(f.module == name for f in self.received):
+                    seen = self.opened if self.is_sequence else sorted(self.received, key=lambda f: f.number)
+                    forwards = [f for f in seen if f.module == name]
+                    chunks = [_joined([*f], layers, directions) for _, f in groupby(forwards, lambda f: f.chunk)]
+                    self.on_host[name] = chunks[0] if len(chunks) == 1 else _in_time(name, chunks)
         return self.on_host
 
 
@@ -93,13 +102,39 @@ def _joined(forwards: list[Forward], layers: int, directions: int) -> Squares:
         lengths[start:end] = f.lengths()[order]
         for (layer, direction), stats in f.stats.items():
             squares[:, layer, direction, : f.T, start:end] = stats.cpu().numpy()[:, :, order]
+    return _frozen(squares, lengths)
+
+
+def _in_time(name: str, chunks: list[Squares]) -> Squares:
+    """Chunks of one sequence, each behind the one before: the same samples in all of them."""
+    B, start = len(chunks[0][1]), 0
+    total = np.zeros(B, np.int64)
+    for squares, lengths in chunks:
+        if len(lengths) != B:
+            raise ValueError(f"chunks of a sequence must have one batch size: {name!r} had {B}, then {len(lengths)}")
+        if (total[lengths > 0] != start).any():
+            raise ValueError(f"a sample of {name!r} has ended in one chunk of its sequence and goes on in another")
+        start += squares.shape[3]
+        total = total + lengths
+    return _frozen(np.concatenate([squares for squares, _ in chunks], 3), total)
+
+
+def _frozen(squares: NDArray[np.float64], lengths: NDArray[np.int64]) -> Squares:
     squares.setflags(write=False)  # later reads share them
     lengths.setflags(write=False)
     return squares, lengths
 
 
 class Recorder:
-    """Keeps the newest step that has statistics, for one Flow."""
+    """Keeps the newest step that has statistics, for one Flow.
+
+    Attributes:
+        sampled: whether the step that is open now is to be recorded.
+        has_forward: whether a watched module has run forward in it.
+        key: by which operators find it in ``recorders``.
+        held: forwards of compiled graphs, by the handle that the graph has.
+        last_handle: of the newest of them, () int64.
+    """
 
     def __init__(
         self,
@@ -112,42 +147,82 @@ class Recorder:
         self._is_sampled = every if callable(every) else lambda step: step % every == 0
         self._model = weakref.ref(model)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those known to train the model
-        self._current: Step | None = None  # None until its first forward
         self._newest: Step | None = None
         self._has_stepped = self._was_read = self._warned = False
+        self._chunk: int | None = None  # of the sequence that is open
+        self.held: OrderedDict[int, tuple[Step, Forward]] = OrderedDict()
+        self.last_handle = torch.tensor(-1, device="cpu")
+        self._handles = itertools.count()
+        self.key = next(_keys)
+        recorders[self.key] = self
+        self._open_step()
 
-    @torch.compiler.disable(reason="rnnkern.watch makes its taps in eager mode")
-    def taps(
-        self,
-        module: str,
-        T: int,
-        B: int,
-        batch_sizes: Tensor | None,
-        unsorted_indices: Tensor | None,
-        device: torch.device,
-    ) -> Taps | None:
-        """A TapFactory for the module of that name: None where no backward will come, or nobody wants it."""
-        if not torch.is_grad_enabled():
-            return None
-        if self._was_read and not self._has_stepped:
+    def _open_step(self) -> None:
+        self.sampled = bool(self._is_sampled(self.index))
+        self.has_forward = False
+        self._step = Step(self.index, self._chunk is not None)
+
+    def open_forward(
+        self, module: str, T: int, B: int, batch_sizes: Tensor | None, unsorted_indices: Tensor | None
+    ) -> tuple[Step, Forward] | None:
+        """Note a forward of the module of that name; None where nobody wants its statistics."""
+        if self._was_read and not self._has_stepped and self._chunk is None:
             self._begin_next()
-        step = self._current
-        if step is None:
-            step = self._current = Step(self.index, bool(self._is_sampled(self.index)))
-        if not step.sampled or self._is_full(step):
+        self.has_forward = True
+        step = self._step
+        if not self.sampled or self._is_full(step):
             return None
-        forward = Forward(module, step.forwards, T, B, batch_sizes, unsorted_indices)
+        forward = Forward(module, step.forwards, T, B, batch_sizes, unsorted_indices, self._chunk or 0)
         step.forwards += 1
-        return functools.partial(self._tap, step, forward, device)
+        if step.is_sequence:
+            step.opened.append(forward)
+        return step, forward
+
+    def hold(self, step: Step, forward: Forward) -> int:
+        """A handle for a forward: for graphs, which carry numbers only."""
+        handle = next(self._handles)
+        self.held[handle] = step, forward
+        if len(self.held) > MAX_HELD:
+            self.held.popitem(last=False)
+        return handle
+
+    def receive(self, step: Step, forward: Forward, layer: int, direction: int, stats: Tensor) -> None:
+        """Statistics (3, T, B) of one backward through that forward."""
+        step.receive(forward, layer, direction, stats)
+        if self._newest is None or step.index >= self._newest.index:
+            self._newest = step
 
     def end_step(self) -> None:
-        """A step ends here, if a watched module has run forward in it."""
+        """A step ends here, if a watched module has run forward in it and no sequence is open."""
+        self._has_stepped = True
+        if self._chunk is None:
+            self._begin_next()
+
+    def begin_sequence(self) -> None:
+        """All that comes until end_sequence is one step, in chunks that follow one another in time."""
+        if self._chunk is not None:
+            raise RuntimeError("a sequence is open already: sequences of one Flow cannot be nested")
+        self._begin_next()
+        self._chunk, self._step.is_sequence = -1, True
+
+    def next_chunk(self) -> None:
+        """Forwards that come now belong to the next chunk of the sequence."""
+        if self._chunk is None:
+            raise RuntimeError("there is no open sequence that a chunk could belong to")
+        self._chunk += 1
+
+    def end_sequence(self) -> None:
+        """The sequence is over, and its step with it."""
+        self._chunk = None
+        self._step.is_sequence = self.has_forward
         self._has_stepped = True
         self._begin_next()
 
     def read(self) -> tuple[int, dict[str, Squares]] | None:
         """Number and statistics of the newest step that has some."""
         self._was_read = True
+        if not self._has_stepped and not self.sampled and self._chunk is None:
+            self._begin_next()  # here, as a compiled forward that is not sampled comes by unseen
         return None if self._newest is None else (self._newest.index, self._newest.squares(self.modules))
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:
@@ -163,27 +238,11 @@ class Recorder:
             return True
         return False
 
-    @torch.compiler.disable(reason="rnnkern.watch makes its taps in eager mode")
-    def _tap(self, step: Step, forward: Forward, device: torch.device, layer: int, direction: int) -> Tensor:
-        """The tap of one recurrence: a (3, T, B) float64 leaf, of which only the gradient takes memory."""
-
-        def receive(leaf: Tensor) -> None:
-            grad, leaf.grad = leaf.grad, None
-            if grad is not None:
-                step.receive(forward, layer, direction, grad.detach())
-                if self._newest is None or step.index >= self._newest.index:
-                    self._newest = step
-
-        shape = (3, forward.T, forward.B)
-        tap = torch.empty_strided(shape, (0, 0, 0), dtype=torch.float64, device=device, requires_grad=True)
-        tap.register_post_accumulate_grad_hook(receive)
-        return tap
-
     def _begin_next(self) -> None:
         self._was_read = False
-        if self._current is not None:
-            self._current = None
+        if self.has_forward:
             self.index += 1
+            self._open_step()
 
     def _is_full(self, step: Step) -> bool:
         if step.bytes < MAX_BYTES:
@@ -199,6 +258,10 @@ class Recorder:
             )
         return True
 
+
+#: Recorders by their key.
+recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
+_keys = itertools.count()
 
 # One hook hears the steps of all optimizers, for as long as a Flow is open.
 _open: set[Recorder] = set()

@@ -1,0 +1,146 @@
+"""The taps of a watched module: made at its forwards, they bring the recorder what backward computes.
+
+In eager mode a tap is a leaf whose gradient a hook takes away. A graph that a compiler traces can neither make leaves
+nor hold hooks: there a tap is a node, and two operators lead out of the graph and into the recorder.
+
+    open_taps      at the forward: notes it, and returns a handle, a () int64 tensor that the graph keeps for backward.
+                   It takes the handle of the forward before, so that no compiler changes their order or joins two
+    deliver        at the backward: takes statistics to the forward of that handle; a gradient of 0 is what remains
+
+That gradient is asked for, as it is the one of a leaf, ``ModuleTaps.anchor``: so no compiler drops the operator.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern.functional import Taps
+from rnnkern.gradflow.recorder import Forward, Recorder, Step, recorders
+
+
+class ModuleTaps:
+    """The TapFactory of one watched module: see there for arguments and result."""
+
+    def __init__(self, recorder: Recorder, module: str, device: torch.device) -> None:
+        self.recorder, self.module = recorder, module
+        self.anchor = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
+
+    def __call__(
+        self, input: Tensor, T: int, B: int, batch_sizes: Tensor | None, unsorted_indices: Tensor | None
+    ) -> Taps | None:
+        if not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling():
+            return self._in_a_graph(T, B, batch_sizes, unsorted_indices, input.device)
+        opened = self.recorder.open_forward(self.module, T, B, batch_sizes, unsorted_indices)
+        return None if opened is None else functools.partial(_leaf, self.recorder, *opened, input.device)
+
+    def _in_a_graph(
+        self, T: int, B: int, batch_sizes: Tensor | None, unsorted_indices: Tensor | None, device: torch.device
+    ) -> Taps | None:
+        """The same for a compiler, which guards on ``sampled``: two graphs serve a whole training run."""
+        if torch.compiler.is_exporting():
+            return None
+        self.recorder.has_forward = True
+        if not self.recorder.sampled:
+            return None
+        if self.anchor.device != device:
+            raise RuntimeError(
+                f"{self.module!r} was on {self.anchor.device} when rnnkern.watch was called, and its input is on "
+                f"{device}: to compile it, move the model first and watch it then"
+            )
+        key, anchor = self.recorder.key, self.anchor
+        before = self.recorder.last_handle
+        handle = torch.ops.rnnkern.open_taps(before, batch_sizes, unsorted_indices, key, self.module, T, B)
+        self.recorder.last_handle = handle
+
+        def tap(layer: int, direction: int) -> Tensor:
+            return _Node.apply(anchor, handle, key, T, B, layer, direction)
+
+        return tap
+
+
+def _leaf(recorder: Recorder, step: Step, forward: Forward, device: torch.device, layer: int, direction: int) -> Tensor:
+    """A (3, T, B) float64 leaf, of which only the gradient takes memory.
+
+    The autograd graph of its forward keeps it alive, and nothing else does: where no backward comes, it goes with the
+    graph. No reference leads from it to the graph or to the model, so nothing waits for the garbage collector.
+    """
+
+    def receive(leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        if grad is not None:
+            recorder.receive(step, forward, layer, direction, grad.detach())
+
+    shape = (3, forward.T, forward.B)
+    tap = torch.empty_strided(shape, (0, 0, 0), dtype=torch.float64, device=device, requires_grad=True)
+    tap.register_post_accumulate_grad_hook(receive)
+    return tap
+
+
+class _Node(torch.autograd.Function):
+    """A tap in a traced graph: its value is never read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, handle: Tensor, key: int, T: int, B: int, layer: int, direction: int
+    ) -> Tensor:
+        ctx.save_for_backward(handle)
+        ctx.place = key, layer, direction
+        return anchor.new_zeros(()).expand(3, T, B)
+
+    @staticmethod
+    def backward(ctx: Any, stats: Tensor) -> tuple[Tensor | None, ...]:
+        (handle,) = ctx.saved_tensors
+        return torch.ops.rnnkern.deliver(stats, handle, *ctx.place), None, None, None, None, None, None
+
+
+_library = torch.library.Library("rnnkern", "FRAGMENT")
+_tags = (torch.Tag.cudagraph_unsafe,)  # they run Python, which a replayed graph would not
+_library.define(
+    "open_taps(Tensor before, Tensor? batch_sizes, Tensor? unsorted_indices, SymInt recorder, str module, SymInt T, "
+    "SymInt B) -> Tensor",
+    tags=_tags,
+)
+_library.define("deliver(Tensor stats, Tensor handle, SymInt recorder, int layer, int direction) -> Tensor", tags=_tags)
+
+
+def _open_taps(
+    before: Tensor,
+    batch_sizes: Tensor | None,
+    unsorted_indices: Tensor | None,
+    recorder: int,
+    module: str,
+    T: int,
+    B: int,
+) -> Tensor:
+    watching = recorders.get(recorder)
+    opened = None if watching is None else watching.open_forward(module, T, B, batch_sizes, unsorted_indices)
+    handle = -1 if watching is None or opened is None else watching.hold(*opened)
+    return torch.tensor(handle, device="cpu")
+
+
+def _deliver(stats: Tensor, handle: Tensor, recorder: int, layer: int, direction: int) -> Tensor:
+    watching = recorders.get(recorder)
+    held = None if watching is None else watching.held.get(int(handle))
+    if watching is not None and held is not None:
+        watching.receive(*held, layer, direction, stats.detach().clone())  # a compiler may use its memory again
+    return stats.new_zeros(())
+
+
+_library.impl("open_taps", _open_taps, "CompositeExplicitAutograd")
+_library.impl("deliver", _deliver, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rnnkern::open_taps", lib=_library)
+def _(before: Tensor, *rest: Any) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.register_fake("rnnkern::deliver", lib=_library)
+def _(stats: Tensor, *rest: Any) -> Tensor:
+    return stats.new_empty(())
