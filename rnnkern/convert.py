@@ -33,7 +33,8 @@ def convert(model: Model) -> Model:
     what stands there calls torch.nn's (convert before it is replaced). Only registered submodules are found: those that
     ``model.named_modules()`` lists.
 
-    Not kept: ``isinstance(module, torch.nn.RNN)`` is no longer true. ``isinstance(module, torch.nn.RNNBase)`` is.
+    Not kept: ``isinstance(module, torch.nn.RNN)`` is no longer true, ``isinstance(module, torch.nn.RNNBase)`` is. So
+    torch.fx traces a model before the conversion, not after it.
 
     Args:
         model: any module; it may itself be a torch.nn.RNN.
@@ -49,7 +50,7 @@ def convert(model: Model) -> Model:
     Example::
 
         model = rnnkern.convert(model)
-        model.encoder.rnn  # rnnkern.RNN(64, 256, num_layers=2)
+        type(model.encoder.rnn)  # rnnkern.RNN
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from helpers import same_bits
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
@@ -126,10 +127,14 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_wrapped_class_is_refused(group: None) -> None:
+@pytest.mark.parametrize("how", ["FSDP", "DDP"])
+def test_wrapped_class_is_refused(group: None, how: str) -> None:
     model = Model()
-    fully_shard(model.above, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(TypeError, match=r"cannot convert above: its class FSDPRNN .* before fully_shard"):
+    if how == "FSDP":
+        fully_shard(model.above, mesh=init_device_mesh("cpu", (1,)))
+    else:
+        replicate(model.above)
+    with pytest.raises(TypeError, match=f"cannot convert above: its class {how}RNN was made by torch.distributed"):
         rnnkern.convert(model)
     assert type(model.below) is nn.RNN, "something was converted before the refusal"
 
