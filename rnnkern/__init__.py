@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rnnkern import backends, functional, reference
 from rnnkern.backends import use_backend
 from rnnkern.bptt import TruncatedBPTT
+from rnnkern.convert import convert
 from rnnkern.gradflow import watch
 from rnnkern.modules import RNN, RNNCell
 
@@ -13,4 +14,14 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
 
-__all__ = ["RNN", "RNNCell", "TruncatedBPTT", "backends", "functional", "reference", "use_backend", "watch"]
+__all__ = [
+    "RNN",
+    "RNNCell",
+    "TruncatedBPTT",
+    "backends",
+    "convert",
+    "functional",
+    "reference",
+    "use_backend",
+    "watch",
+]

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import padding
 from rnnkern.functional import INF, LayerWeights, NormWeights, Output, TapFactory, autocast_enabled, rnn
+from rnnkern.recast import plain_class, share
 
 
 class RNN(nn.RNNBase):
@@ -289,11 +290,44 @@ class RNN(nn.RNNBase):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.pop("tap", None)  # a copy or a file is not watched
+        state.pop("_compiled_call_impl", None)  # it would call the original; nn.Module leaves it out too
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.pop("_flat_weights", None)  # pickles of torch.nn.RNN carry one
+
+    @classmethod
+    def from_torch(cls, rnn: nn.RNN) -> RNN:
+        """A new module that shares the parameters of a torch.nn.RNN: the same objects, so training one trains both.
+
+        Options, mode, buffers, hooks, parametrizations and attributes come along; see :func:`rnnkern.convert` for a
+        whole model, in place.
+
+        Raises:
+            TypeError: ``rnn`` is not a torch.nn.RNN, or is of a subclass, whose own methods would be lost.
+            ValueError: its ``forward`` was replaced on the instance.
+        """
+        if plain_class(rnn) is not nn.RNN:
+            raise TypeError(f"rnn must be a torch.nn.RNN, and of no subclass, got {type(rnn).__name__}")
+        return share(rnn, cls)
+
+    def to_torch(self) -> nn.RNN:
+        """A torch.nn.RNN that shares the parameters: for what knows torch.nn's modules alone, as TorchScript and ONNX.
+
+        What :meth:`from_torch` says of what comes along holds here too. The new module is not watched.
+
+        Raises:
+            TypeError: this is a subclass of rnnkern.RNN, whose own methods would be lost.
+            ValueError: options are in use that torch.nn.RNN does not have; it names them. Or ``forward`` was replaced
+                on the instance.
+        """
+        if plain_class(self) is not RNN:
+            raise TypeError(f"{type(self).__name__} is a subclass of rnnkern.RNN: torch.nn.RNN lacks what it adds")
+        beyond = self._beyond_nn_rnn()
+        if beyond:
+            raise ValueError(f"torch.nn.RNN has no {', '.join(beyond)}")
+        return share(self, nn.RNN)
 
 
 def _samples(hx: Tensor | None, batch_sizes: Tensor, sorted_indices: Tensor | None) -> Any:
@@ -326,3 +360,18 @@ class RNNCell(nn.RNNCell):
         ValueError: input or hx that is not 1-D or 2-D.
         RuntimeError: sizes or dtypes that do not fit, an unknown nonlinearity.
     """
+
+    @classmethod
+    def from_torch(cls, cell: nn.RNNCell) -> RNNCell:
+        """A new cell that shares the parameters of a torch.nn.RNNCell, as :meth:`RNN.from_torch` does."""
+        if plain_class(cell) is not nn.RNNCell:
+            raise TypeError(f"cell must be a torch.nn.RNNCell, and of no subclass, got {type(cell).__name__}")
+        return share(cell, cls)
+
+    def to_torch(self) -> nn.RNNCell:
+        """A torch.nn.RNNCell that shares the parameters, as :meth:`RNN.to_torch` makes one."""
+        if plain_class(self) is not RNNCell:
+            raise TypeError(
+                f"{type(self).__name__} is a subclass of rnnkern.RNNCell: torch.nn.RNNCell lacks what it adds"
+            )
+        return share(self, nn.RNNCell)
