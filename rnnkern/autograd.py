@@ -205,8 +205,10 @@ def recurrence(
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h like ``z`` and h_n (B, H), differentiable. Without gradients ``z`` is consumed: h takes its memory."""
-    backend = backends.select(z).name
     if z.is_complex():  # the chain's formulas are those of real numbers; autograd knows the others
+        if clip != INF:
+            raise RuntimeError(f"clip must be inf for complex numbers, which have no order, got {clip}")
+        backends.select(z)
         h = reference.recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
         return h, reference.last_states(h, h0, batch_sizes, reverse)
     if z.dim() == 3 and z.shape[0] == 1 and tap is None and clip == INF and not backends.is_named():
@@ -214,13 +216,24 @@ def recurrence(
         contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
         h = reference.activation(nonlinearity, torch.addmm(z[0], h0, w_hh.T))
         return h[None], h.clone()
-    if torch.compiler.is_compiling():
-        transformed, wants_gradient = False, True
-    else:
-        transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-        wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, h0, w_hh, tap))
-    if not transformed and not wants_gradient:
+    backend = backends.select(z).name
+    transformed = is_transformed()
+    if not (transformed or wants_gradient(z, h0, w_hh, tap)):
         ops.recurrence_(backend, z, h0, w_hh, batch_sizes, reverse, nonlinearity)
         return z, reference.last_states(z, h0, batch_sizes, reverse)
     function = TransformableRNNFunction if transformed else RNNFunction
     return function.apply(z, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a torch.func transform is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def wants_gradient(*inputs: Tensor | None) -> bool:
+    """Whether autograd has to see what is computed from these inputs. A compiler's graph may be used either way."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

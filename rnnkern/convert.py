@@ -33,8 +33,7 @@ def convert(model: Model) -> Model:
     what stands there calls torch.nn's (convert before it is replaced). Only registered submodules are found: those that
     ``model.named_modules()`` lists.
 
-    Not kept: ``isinstance(module, torch.nn.RNN)`` is no longer true, ``isinstance(module, torch.nn.RNNBase)`` is. So
-    torch.fx traces a model before the conversion, not after it.
+    Not kept: ``isinstance(module, torch.nn.RNN)`` is no longer true, ``isinstance(module, torch.nn.RNNBase)`` is.
 
     Args:
         model: any module; it may itself be a torch.nn.RNN.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnkern import loop
-from rnnkern.autograd import INF, recurrence
+from rnnkern import backends, loop
+from rnnkern.autograd import INF, is_transformed, recurrence, wants_gradient
 
 #: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -99,10 +99,10 @@ def rnn(
                 clip=clip,
                 tap=taps(layer, direction) if taps is not None and tapped else None,
             )
-            if layer_norm == "preactivation" or (recurrent_dropout > 0 and training):
-                norm = norms[index] if layer_norm == "preactivation" else None
-                masked = recurrent_dropout > 0 and training
+            masked = recurrent_dropout > 0 and training
+            if masked or layer_norm == "preactivation":
                 mask = F.dropout(torch.ones_like(state), recurrent_dropout) if masked else None
+                norm = norms[index] if layer_norm == "preactivation" else None
                 h, h_n = loop.recurrence(z, state, w_hh, mask=mask, norm=norm, **options)
             else:
                 h, h_n = recurrence(z, state, w_hh, **options)
@@ -119,7 +119,37 @@ def rnn(
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device; on some it does not exist, and asking raises."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def step(
+    input: Tensor,  # (1, B, I)
+    h0: Tensor,  # (layers·directions, B, H)
+    weights: Sequence[LayerWeights],
+    nonlinearity: str,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """A single step without gradients on a CPU, as in streaming: torch.nn.RNN's own operator does it all in one call.
+
+    Returns output and h_n, or None where the call is of another kind: see :func:`rnn`.
+    """
+    flat = [w for of_layer in weights for w in of_layer if w is not None]
+    if (
+        torch.compiler.is_compiling()
+        or not input.is_cpu
+        or backends.is_named()
+        or is_transformed()
+        or wants_gradient(input, h0, *flat)
+        or autocast_enabled(input.device)
+    ):
+        return None
+    operator = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
+    layers = len(weights) // (2 if bidirectional else 1)
+    return operator(input, h0, flat, len(flat) > 2 * len(weights), layers, dropout, training, bidirectional, False)
 
 
 def _sum(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:

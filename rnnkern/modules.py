@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import padding
-from rnnkern.functional import INF, LayerWeights, NormWeights, Output, TapFactory, autocast_enabled, rnn
+from rnnkern.functional import INF, LayerWeights, NormWeights, Output, TapFactory, autocast_enabled, rnn, step
 from rnnkern.recast import plain_class, share
 
 
@@ -174,6 +174,8 @@ class RNN(nn.RNNBase):
             return_states: also return a tuple with the states of every layer, each shaped like output; before dropout
                 and residual connections.
         """
+        if isinstance(input, torch.fx.Proxy):
+            return _leaf(self, input, hx, {"lengths": lengths, "return_states": return_states})
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
@@ -209,21 +211,24 @@ class RNN(nn.RNNBase):
         with_states: bool = False,
     ) -> Output:
         T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
-        self.check_input(input, batch_sizes)
+        weights = self._weights()
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
+        self._check(input, hx, batch_sizes, weights[0][1], states)
         if hx is None:
             hx = torch.zeros(states, dtype=input.dtype, device=input.device)
-        else:
-            self.check_hidden_size(hx, states)
-            if sorted_indices is not None:
-                hx = hx.index_select(1, sorted_indices)
+        elif sorted_indices is not None:
+            hx = hx.index_select(1, sorted_indices)
+        if T == 1 and batch_sizes is None and self.tap is None and not with_states and not self._beyond_nn_rnn():
+            options = self.nonlinearity, self.bidirectional, self.dropout, self.training
+            stepped = step(input, hx, weights, *options)
+            if stepped is not None:
+                return Output(*stepped, [])
         if T == 0 and not self.allow_empty:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        self._check_places(hx, input)
         result = rnn(
             input,
             hx,
-            self._weights(),
+            weights,
             nonlinearity=self.nonlinearity,
             bidirectional=self.bidirectional,
             dropout=self.dropout,
@@ -232,7 +237,7 @@ class RNN(nn.RNNBase):
             clip=self.clip,
             recurrent_dropout=self.recurrent_dropout,
             layer_norm=self.layer_norm,
-            norms=self._norms(),
+            norms=() if self.layer_norm is None else self._norms(),
             residual=self.residual,
             with_states=with_states,
             taps=None if self.tap is None or T == 0 else self.tap(input, T, B, batch_sizes, unsorted_indices),
@@ -241,13 +246,19 @@ class RNN(nn.RNNBase):
             return result
         return result._replace(h_n=result.h_n.index_select(1, unsorted_indices))
 
-    def _check_places(self, hx: Tensor, input: Tensor) -> None:
-        weight = self.weight_hh_l0
+    def _check(
+        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor, states: tuple[int, int, int]
+    ) -> None:
+        """Raise where an argument does not fit: torch.nn.RNN's checks, and that all lies in one place."""
+        self.check_input(input, batch_sizes)
         if weight.device != input.device:
             raise RuntimeError(
                 f"input must be on the device of the weights ({weight.device}), got {input.device}. "
                 f"Convert input: input.to('{weight.device}'), or convert model: model.to('{input.device}')"
             )
+        if hx is None:
+            return
+        self.check_hidden_size(hx, states)
         if hx.device != input.device:
             raise RuntimeError(f"hx must be on the device of input ({input.device}), got {hx.device}")
         if hx.dtype != input.dtype and not autocast_enabled(input.device):
@@ -261,16 +272,14 @@ class RNN(nn.RNNBase):
         ]
 
     def _norms(self) -> list[NormWeights]:
-        if self.layer_norm is None:
-            return []
         return [(getattr(self, "norm_weight" + end), getattr(self, "norm_bias" + end)) for end in self._suffixes()]
 
     # torch.nn.RNN keeps its weights a second time in a flat list, which falls behind when a weight is replaced, and
     # cannot be copied when a weight is computed. There is no such list here; the base class's uses of it read by name.
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+    def _flat_weights(self) -> Sequence[Tensor | None]:  # type: ignore[override]
+        return _ByName(self, self._flat_weights_names)
 
     def _init_flat_weights(self) -> None:
         pass
@@ -330,6 +339,21 @@ class RNN(nn.RNNBase):
         return share(self, nn.RNN)
 
 
+class _ByName(Sequence[Any]):
+    """Attributes of a module, read when they are asked for: most of torch.nn.RNN's checks want the first alone."""
+
+    def __init__(self, module: nn.Module, names: list[str]) -> None:
+        self.module, self.names = module, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        return getattr(self.module, self.names[index], None)
+
+
 def _samples(hx: Tensor | None, batch_sizes: Tensor, sorted_indices: Tensor | None) -> Any:
     """B of packed rows. A compiler does not know what batch_sizes holds: there B comes from a shape where it can."""
     if not torch.compiler.is_compiling():
@@ -337,6 +361,13 @@ def _samples(hx: Tensor | None, batch_sizes: Tensor, sorted_indices: Tensor | No
     if hx is not None and hx.dim() == 3:
         return hx.shape[1]
     return int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+
+
+def _leaf(module: nn.Module, input: torch.fx.Proxy, hx: Any, options: dict[str, Any]) -> torch.fx.Proxy:
+    """A call of the module in the graph that torch.fx.symbolic_trace makes, as torch.nn's modules have one."""
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, hx), options)
 
 
 def _returned(result: Output, form: Callable[[Tensor], Any] | None, with_states: bool) -> Any:
@@ -360,6 +391,12 @@ class RNNCell(nn.RNNCell):
         ValueError: input or hx that is not 1-D or 2-D.
         RuntimeError: sizes or dtypes that do not fit, an unknown nonlinearity.
     """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next state; see the class for shapes and errors."""
+        if isinstance(input, torch.fx.Proxy):
+            return _leaf(self, input, hx, {})
+        return super().forward(input, hx)
 
     @classmethod
     def from_torch(cls, cell: nn.RNNCell) -> RNNCell:

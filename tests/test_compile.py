@@ -257,7 +257,32 @@ def test_watched_before_it_was_moved(nothing_stays: None) -> None:
             torch.compile(module, fullgraph=True, backend="eager")(torch.randn(4, 2, 3))
 
 
-# torch.export
+# torch.fx and torch.export
+
+
+class Tagger(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn, self.cell, self.head = rnn, rnnkern.RNNCell(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, hx: Tensor) -> Tensor:
+        output, h_n = self.rnn(x, hx)
+        return self.head(output) + self.head(self.cell(h_n[-1]))
+
+
+def test_symbolic_trace(nothing_stays: None) -> None:
+    """A leaf of the graph, as torch.nn's modules are: with all its options, for any T and B, watched through it."""
+    model = Tagger(rnnkern.RNN(3, 5, 2))
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["rnn", "head", "cell", "head"]
+    for T, B in ((4, 2), (1, 3)):
+        x, hx = torch.randn(T, B, 3), torch.randn(2, B, 5)
+        assert torch.equal(traced(x, hx), model(x, hx))
+    with rnnkern.watch(traced) as flow:
+        traced(x, hx).sum().backward()
+        assert read(flow).modules == ("rnn",)
+    traced = torch.fx.symbolic_trace(rnnkern.convert(Tagger(nn.RNN(3, 5, 2))))
+    assert traced(x, hx).shape == (1, 3, 2)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])

@@ -21,6 +21,7 @@ from gradflow_helpers import (
     truth,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
@@ -201,6 +202,8 @@ def test_copies_are_not_watched() -> None:
     assert flow.read() is None
     model(x).sum().backward()
     assert read(flow).samples == 2
+    parametrizations.orthogonal(model.rnn, "weight_hh_l0")  # gives the module a __deepcopy__ of torch's own
+    assert copy.deepcopy(model).rnn.tap is None and model.rnn.tap is not None
     for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             duplicate(flow)

@@ -39,6 +39,9 @@ class ModuleTaps:
         opened = self.recorder.open_forward(self.module, T, B, batch_sizes, unsorted_indices)
         return None if opened is None else functools.partial(_leaf, self.recorder, *opened, input.device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a watched module is not watched."""
+
     def _in_a_graph(
         self, T: int, B: int, batch_sizes: Tensor | None, unsorted_indices: Tensor | None, device: torch.device
     ) -> Taps | None:
