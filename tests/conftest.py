@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if interprets() and BACKENDS["triton"].unavailable() is None:
         triton_interpreter.convert_as_devices_do()
+        triton_interpreter.look_for_builtins_once()
 
 
 def need(name: str) -> None:
