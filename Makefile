@@ -1,5 +1,5 @@
 # make demo       train the digits demo and write its picture (OUT=docs/demo.png)
-# make test       run the tests (ARGS="-k packed" goes to pytest)
+# make test       run the tests, in a process for each processor (ARGS="-k packed" goes to pytest, "-n 0" makes it one)
 # make bench-cpu  rnnkern.RNN against torch.nn.RNN; the table goes to TABLE (build/bench-cpu.txt)
 # make gpu-test   the tests of the GPU backends on the GPU that is here
 # make gpu-bench  rnnkern.RNN against torch.nn.RNN on it; the results go to RESULTS (build/bench-gpu.json)
@@ -32,7 +32,7 @@ demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
 	.venv/bin/rnnkern demo --out $(OUT)
 
 test: .venv/.stamp-test $(LIBRARY) .venv/.stamp-install
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 bench-cpu: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
 	OMP_PROC_BIND=true $(RUN) -m pytest benchmarks/bench_cpu.py --benchmark-quiet --table $(TABLE) $(ARGS)

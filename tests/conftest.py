@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import pytest
+
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:  # they share the processors
+    # Before torch reads it. Two threads at least, as a team of one shows little; who waits lets others compute.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -32,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if interprets() and BACKENDS["triton"].unavailable() is None:
         triton_interpreter.convert_as_devices_do()
+        triton_interpreter.look_for_builtins_once()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a process for each processor, each takes a gigabyte; one where they would share a GPU."""
+    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 8)
 
 
 def need(name: str) -> None:
@@ -76,6 +90,13 @@ def cpu_library() -> None:
 def device(backend: Backend) -> str:
     """Where the backend computes."""
     return device_of(backend)
+
+
+@pytest.fixture(scope="session")
+def shared_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run have in common."""
+    mine = tmp_path_factory.getbasetemp()
+    return mine.parent if hasattr(request.config, "workerinput") else mine
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 LIBRARY = Path(__file__).parent.parent / "rnnkern" / "_cuda.so"
 
 
-def cuobjdump(*options: str) -> str:
+def cuobjdump(*options: str, of: Path = LIBRARY, folder: Path | None = None) -> str:
     if not LIBRARY.exists():
         pytest.skip(f"{LIBRARY.name} is not built: no nvcc")
     tool = shutil.which("cuobjdump")
@@ -22,7 +22,7 @@ def cuobjdump(*options: str) -> str:
         tool = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends/nvidia/bin")
     if tool is None:
         pytest.skip("no cuobjdump, neither CUDA's nor Triton's")
-    return subprocess.run([tool, *options, LIBRARY], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool, *options, of], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 # Two registers too many for ptxas 13.0, in one instance of two dtypes and one of a third: KC, NT and regime (2: grid,
@@ -32,6 +32,9 @@ KNOWN_TO_SPILL = {
     ("sm_100a", "Float16", "RegimeE2ELb1ELi8ELi2"),
     ("sm_100a", "Float32", "RegimeE1ELb1ELi6ELi2"),
 }
+
+
+BFLOAT16_KERNEL = rb"chain_kernelINS0_\d+BFloat16"
 
 
 def identity(architecture: str, function: str) -> tuple[str, str, str]:
@@ -54,11 +57,14 @@ def test_no_kernel_spills() -> None:
     assert spilling <= KNOWN_TO_SPILL
 
 
-def test_bfloat16_runs_on_tensor_cores() -> None:
+def test_bfloat16_runs_on_tensor_cores(tmp_path: Path) -> None:
     architectures = set(re.findall(r"arch = (sm_\d+a?)", cuobjdump("--dump-resource-usage")))
     assert architectures
+    cuobjdump("--extract-elf", "all", folder=tmp_path)
     for architecture in architectures:
-        code = cuobjdump("--dump-sass", "--gpu-architecture", architecture)
+        # A cubin holds the kernels of one source: to disassemble those of every dtype takes five times as long.
+        cubins = [f for f in tmp_path.glob(f"*.{architecture}.cubin") if re.search(BFLOAT16_KERNEL, f.read_bytes())]
+        code = "".join(cuobjdump("--dump-sass", of=cubin) for cubin in cubins)
         functions = re.split(r"\n\s*Function : ", code)[1:]
         kernels = [f for f in functions if "chain_kernel" in f[:200] and "BFloat16" in f[:200]]
         # sm_80 has no clusters, and nothing in the kernels for them.

@@ -7,6 +7,7 @@ what only hardware does. Each check is shown to be able to fail: with a wait rem
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,19 @@ class Failed(Exception):
 
 
 @pytest.fixture(scope="session")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("twin")
+def twin(shared_path: Path) -> ctypes.CDLL:
+    folder = shared_path / "twin"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # one process compiles, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "twin.so").exists():
+            compile_twin(folder)
+    library = ctypes.CDLL(str(folder / "twin.so"))
+    library.twin_run.restype = ctypes.c_longlong
+    return library
+
+
+def compile_twin(folder: Path) -> None:
     kernels = [ROOT / "csrc/cuda" / f"{kind}.cu" for kind in KINDS]
     host = [*(ROOT / "csrc/cuda" / f for f in ("plan.cpp", "job.cpp")), *(ROOT / "tests/cuda_host").glob("*.cpp")]
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", f"-I{ROOT}/tests/cuda_host", f"-I{ROOT}/csrc"]
@@ -47,9 +59,6 @@ def twin(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, [*kernels, *host]))
     subprocess.run(["g++", "-shared", "-o", folder / "twin.so", *objects], check=True)
-    library = ctypes.CDLL(str(folder / "twin.so"))
-    library.twin_run.restype = ctypes.c_longlong
-    return library
 
 
 def run(

@@ -105,9 +105,9 @@ def test_variants_agree_bit_for_bit(
 @pytest.mark.parametrize("case", [{"T": 5, "B": 67, "H": 48}, {"lengths": [5] * 9 + [4] * 30 + [1] * 28, "H": 48}])
 def test_threads_do_not_change_bits(backend: Backend, device: str, case: dict, dtype: torch.dtype) -> None:
     serve(backend, dtype, case["H"], device)
+    if backend.name != "cpu":
+        pytest.skip("PyTorch's matrix product makes no such promise, and the other kernels run on no such thread")
     p = make_problem(**case, dtype=dtype, device=device)
-    if backend.name == "reference":
-        pytest.skip("PyTorch's matrix product makes no such promise")
     ours = []
     for n in (1, 2, 5):
         with threads(n):
@@ -239,14 +239,14 @@ def test_gradient_at_one_step(backend: Backend, device: str, dtype: torch.dtype,
 
 def test_gradient_at_two_steps_far_apart(backend: Backend, device: str) -> None:
     """A chain that has died begins anew where a gradient arrives."""
-    T = 600
+    T = 300
     p = make_problem(T, 8, 16, gain=0.1, with_grad_hn=False, device=device)
     grad_h = torch.zeros_like(p.grad_h)
     grad_h[T - 1], grad_h[100] = p.grad_h[T - 1], p.grad_h[100]
     p = p.replace(grad_h=grad_h)
     ours = answers(backend, p)
     check(p, ours)
-    assert not ours.delta[101:300].any() and ours.delta[100].any() and ours.delta[99].any()
+    assert not ours.delta[101:240].any() and ours.delta[100].any() and ours.delta[99].any()
     assert not ours.delta[:20].any() and not ours.grad_h0.any()
 
 
@@ -285,8 +285,9 @@ def long_enough(dtype: torch.dtype) -> int:
 
 
 def many(backend: Backend, device: str) -> int:
-    """2000 steps; 400 where Triton's interpreter walks them, as float32 has left its range by then both ways."""
-    return 400 if (backend.name, device) == ("triton", "cpu") else 2000
+    """2000 steps; 260 where Triton's interpreter walks them: 1.5 to that power has left float32's range, and so has
+    0.3, in half as many."""
+    return 260 if (backend.name, device) == ("triton", "cpu") else 2000
 
 
 @dtypes
