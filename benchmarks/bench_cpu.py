@@ -4,6 +4,7 @@ infer    forward without gradients
 train    forward, and backward from a given gradient at every step to x and all weights
 last     the same with a loss on the last step alone
 watched  train, with rnnkern.watch() recording every step, against train without
+T=1 ...  infer with short sequences, B = 1, as in streaming: mostly what a call costs in Python
 product  the recurrence operator's product against one GEMM over all steps: the share of the machine's GEMM rate
 """
 
@@ -75,6 +76,22 @@ def test_watched(benchmark, record_cell, B, H):
         seconds = compare(benchmark, ours, {"unwatched": train(plain, x)})
         assert flow.read() is not None
     record_cell("watched", "fp32", B, H, T, seconds)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 16])
+def test_short(benchmark, record_cell, steps):
+    calls = 200  # a round
+
+    def repeated(run: Callable[[], object]) -> Callable[[], None]:
+        def calling() -> None:
+            for _ in range(calls):
+                run()
+
+        return calling
+
+    x = torch.randn(steps, 1, 64)
+    ours, theirs = (repeated(infer(build(kind, 64, torch.float32), x)) for kind in (rnnkern.RNN, nn.RNN))
+    record_cell(f"T={steps}", "fp32", 1, 64, steps * calls, compare(benchmark, ours, {"nn.RNN": theirs}))
 
 
 @pytest.mark.parametrize(("B", "H"), GRID)

@@ -89,7 +89,7 @@ class TransformableRNNFunction(torch.autograd.Function):
     def jvp(
         ctx: Any, z_dot: Tensor | None, h0_dot: Tensor | None, w_hh_dot: Tensor | None, *_: Any
     ) -> tuple[Tensor, Tensor]:
-        backends.tell_once("forward-mode AD: tangents run on the plain PyTorch reference")
+        backends.require_reference("forward-mode AD")
         h, h0, w_hh, batch_sizes = ctx.saved_tensors
         reverse, nonlinearity, _, _ = ctx.options
         h_dot = reference.recurrence_jvp(h, h0, w_hh, z_dot, h0_dot, w_hh_dot, batch_sizes, reverse, nonlinearity)
@@ -121,7 +121,7 @@ class RNNBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_delta: Tensor, grad_grad_h0: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        backends.tell_once("double backward: the chain is differentiated on the plain PyTorch reference")
+        backends.require_reference("double backward")
         chain, given = _reference_chain(ctx)
         pull_back = torch.func.vjp(chain, *given)[1]
         grads = iter(pull_back((grad_delta, grad_grad_h0)))
@@ -129,7 +129,7 @@ class RNNBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
-        backends.tell_once("forward-mode AD: tangents run on the plain PyTorch reference")
+        backends.require_reference("forward-mode AD")
         chain, given = _reference_chain(ctx)
         pairs = zip(ctx.saved_tensors[:5], tangents)
         dots = tuple(torch.zeros_like(x) if dot is None else dot for x, dot in pairs if x is not None)

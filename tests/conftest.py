@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -65,9 +65,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         if reason is not None:
             pytest.skip(reason)
     few = threads(1 if request.param == "reference" else torch.get_num_threads())
+    named = preferred if request.node.get_closest_marker("unnamed") else rnnkern.use_backend
     unspoken = "device" not in request.fixturenames  # then what the test makes is made where the backend computes
-    with rnnkern.use_backend(request.param), few, on(device_of(backend) if unspoken else "cpu"):
+    with named(request.param), few, on(device_of(backend) if unspoken else "cpu"):
         yield backend
+
+
+@contextmanager
+def preferred(name: str) -> Iterator[None]:
+    """The backend is the first in the table: ``auto`` takes it, and the reference where no kernel serves."""
+    with rnnkern.use_backend("auto"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rnnkern.backends, "BACKENDS", {name: BACKENDS[name], **BACKENDS})
+        yield
 
 
 def on(device: str) -> AbstractContextManager[object]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import device_of, need
 from helpers import INF, Problem, make_problem, same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import rnnkern
 from rnnkern.autograd import RNNFunction, recurrence
-from rnnkern.backends import Backend
+from rnnkern.backends import BACKENDS, Backend
 
 PROBLEMS = {
     "dense": dict(T=3, B=2, H=3),
@@ -45,6 +46,7 @@ def new_tap(p: Problem) -> Tensor:
     return torch.zeros(3, len(p.sizes), len(p.h0), dtype=torch.float64, device=p.z.device, requires_grad=True)
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 @shapes
 @directions
@@ -54,6 +56,7 @@ def test_gradcheck(backend: Backend, device: str, shape: str, reverse: bool, non
     assert gradcheck(function_of(p), leaves(p), check_forward_ad=True, check_undefined_grad=True)
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 @shapes
 @directions
@@ -63,6 +66,7 @@ def test_gradgradcheck(backend: Backend, device: str, shape: str, reverse: bool,
     assert gradgradcheck(function_of(p), leaves(p))
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 def test_gradcheck_module(backend: Backend, device: str) -> None:
     module = rnnkern.RNN(2, 3, 2, bidirectional=True, dtype=torch.float64, device=device)
@@ -153,6 +157,7 @@ def test_tap_with_clip(backend: Backend, device: str) -> None:
     assert same_bits([z.grad, h0.grad, tap.grad], [*expected, stats])
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 @nonlinearities
 def test_create_graph_gives_the_same_gradient(backend: Backend, device: str, nonlinearity: str) -> None:
@@ -241,6 +246,7 @@ def test_func_grad(backend: Backend, device: str) -> None:
         torch.testing.assert_close(grads[name], p.grad)
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 @pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])
 def test_jacobians(backend: Backend, device: str, jacobian: Callable[..., Any]) -> None:
@@ -251,6 +257,7 @@ def test_jacobians(backend: Backend, device: str, jacobian: Callable[..., Any]) 
     torch.testing.assert_close(jacobian(lambda x: module(x)[0])(x), expected)
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 def test_hessian(backend: Backend, device: str) -> None:
     p = float64_problem("dense", device)
@@ -262,6 +269,7 @@ def test_hessian(backend: Backend, device: str) -> None:
     torch.testing.assert_close(torch.func.hessian(loss)(p.w_hh), expected)
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 def test_jvp(backend: Backend, device: str) -> None:
     module, _, x = small_module(device)
@@ -287,6 +295,28 @@ def test_opcheck(cpu_library: None, dtype: torch.dtype, shape: str) -> None:
     strided = p.replace(z=p.z.transpose(0, 1).contiguous().transpose(0, 1), w_hh=p.w_hh.T)
     torch.library.opcheck(operators.recurrence.default, strided.forward)
     torch.library.opcheck(operators.recurrence_backward_stats.default, strided.backward)
+
+
+def test_opcheck_of_triton() -> None:
+    """The operators of the Triton backend, where they can run: schemas, fakes, and nothing written that is not said."""
+    need("triton")
+    device = device_of(BACKENDS["triton"])
+    for shape in ("dense", "packed"):
+        p = make_problem(**PROBLEMS[shape], device=device)
+        for name in ("recurrence", "recurrence_"):
+            torch.library.opcheck(getattr(torch.ops.rnnkern, f"triton_{name}").default, p.forward)
+        for name in ("recurrence_backward", "recurrence_backward_stats"):
+            torch.library.opcheck(getattr(torch.ops.rnnkern, f"triton_{name}").default, p.backward)
+
+
+def test_opcheck_of_helpers() -> None:
+    """What compiled graphs call beside the recurrence."""
+    torch.library.opcheck(torch.ops.rnnkern.copied.default, (torch.randn(3),))
+    for batch_sizes in (None, torch.tensor([2, 1])):
+        arguments = (torch.tensor(-1), batch_sizes, None, -1, "rnn", 2, 2)  # of no Recorder
+        torch.library.opcheck(torch.ops.rnnkern.open_taps.default, arguments)
+    stats = torch.rand(3, 2, 2, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.rnnkern.deliver.default, (stats, torch.tensor(-1), -1, 0, 0))
 
 
 def test_function_refuses_nothing_it_promises(backend: Backend, device: str) -> None:

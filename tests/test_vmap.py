@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkern
+from rnnkern import backends
 from rnnkern.autograd import RNNBackwardFunction, recurrence
 from rnnkern.backends import Backend
 
@@ -175,6 +177,7 @@ def test_without_gradients(backend: Backend, device: str) -> None:
 # The backward chain as a node of the graph
 
 
+@pytest.mark.unnamed
 @pytest.mark.float64
 @pytest.mark.parametrize("options", [{}, dict(clip=0.4), dict(nonlinearity="relu", reverse=True)], ids=str)
 @pytest.mark.parametrize("shape", [dict(T=3, B=2, H=3), dict(lengths=[3, 2, 2], H=2)], ids=["dense", "packed"])
@@ -212,6 +215,32 @@ def test_a_differentiable_backward_is_the_kernel(
         assert torch.autograd.gradcheck(lambda *e: RNNBackwardFunction.apply(*e, *chain)[:2], arriving)
 
 
+def test_what_no_kernel_computes(caplog: pytest.LogCaptureFixture) -> None:
+    """Forward-mode AD and double backward run on the reference, and the log says so once; a named backend refuses."""
+    rnn, x = rnnkern.RNN(2, 3), torch.randn(4, 2, 2, requires_grad=True)
+
+    def tangent() -> None:
+        torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
+
+    def penalty() -> None:
+        (grad,) = torch.autograd.grad(rnn(x)[0].square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+
+    for run, feature in ((tangent, "forward-mode AD"), (penalty, "double backward")):
+        message = f"{feature}: no kernel computes this; the plain PyTorch reference runs instead"
+        backends._told.discard(message)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "rnnkern"):
+            run()
+            run()
+        assert [r.message for r in caplog.records] == [message]
+        with rnnkern.use_backend("cpu"), pytest.raises(RuntimeError, match=f"'cpu' was asked for but.*{feature}"):
+            run()
+        with rnnkern.use_backend("reference"):
+            run()
+
+
+@pytest.mark.unnamed
 @pytest.mark.float64
 def test_hessian_of_the_initial_state(backend: Backend, device: str) -> None:
     """Forward over reverse, with no gradient for h_n."""

@@ -79,15 +79,15 @@ def select(z: Tensor) -> Backend:
 
 
 def require_reference(feature: str) -> None:
-    """Say once that a feature runs in plain PyTorch.
+    """Say once that a feature runs in plain PyTorch, as no kernel computes it.
 
     Raises:
-        RuntimeError: the caller has named a backend, which does not serve the feature.
+        RuntimeError: the caller has named a backend, which therefore cannot serve.
     """
     if _chosen not in ("auto", REFERENCE.name):
         raise RuntimeError(
-            f"backend {_checked(_chosen)!r} was asked for but cannot serve this call: no kernel computes {feature}; "
-            "the plain PyTorch reference does"
+            f"backend {_checked(_chosen)!r} was asked for but cannot serve this call: no kernel computes {feature}, "
+            "only the plain PyTorch reference does"
         )
     if not torch.compiler.is_compiling():
         tell_once(f"{feature}: no kernel computes this; the plain PyTorch reference runs instead")
