@@ -114,7 +114,7 @@ def rnn(
         input = joined + input if residual and layer > 0 else joined
         if dropout > 0 and training and layer < layers - 1:
             input = F.dropout(input, dropout)
-    return Output(input, final_states[0][None] if len(final_states) == 1 else torch.stack(final_states), states)
+    return Output(input, torch.stack(final_states), states)
 
 
 def autocast_enabled(device: torch.device) -> bool:

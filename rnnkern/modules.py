@@ -213,7 +213,7 @@ class RNN(nn.RNNBase):
         T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
         weights = self._weights()
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
-        self._check(input, hx, batch_sizes, weights[0][1], states)
+        self._check(input, hx, batch_sizes, weights[0][0], states)
         if hx is None:
             hx = torch.zeros(states, dtype=input.dtype, device=input.device)
         elif sorted_indices is not None:
@@ -250,7 +250,10 @@ class RNN(nn.RNNBase):
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor, states: tuple[int, int, int]
     ) -> None:
         """Raise where an argument does not fit: torch.nn.RNN's checks, and that all lies in one place."""
-        self.check_input(input, batch_sizes)
+        dtype_fits = input.dtype == weight.dtype or torch._C._is_any_autocast_enabled()
+        shape_fits = input.dim() == (3 if batch_sizes is None else 2) and input.shape[-1] == self.input_size
+        if not (dtype_fits and shape_fits):
+            self.check_input(input, batch_sizes)  # raises; it reads the weights anew, which may have to be computed
         if weight.device != input.device:
             raise RuntimeError(
                 f"input must be on the device of the weights ({weight.device}), got {input.device}. "
@@ -278,8 +281,8 @@ class RNN(nn.RNNBase):
     # cannot be copied when a weight is computed. There is no such list here; the base class's uses of it read by name.
 
     @property
-    def _flat_weights(self) -> Sequence[Tensor | None]:  # type: ignore[override]
-        return _ByName(self, self._flat_weights_names)
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
 
     def _init_flat_weights(self) -> None:
         pass
@@ -303,8 +306,16 @@ class RNN(nn.RNNBase):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.pop("_flat_weights", None)  # pickles of torch.nn.RNN carry one
+        """Take the state of any version of torch.nn.RNN as well: they differ in what they keep beside the parameters."""
+        nn.Module.__setstate__(self, state)
+        for name in ("_flat_weights", "all_weights", "_data_ptrs"):
+            self.__dict__.pop(name, None)
+        self.__dict__.setdefault("proj_size", 0)
+        self.__dict__.setdefault("nonlinearity", self.mode.removeprefix("RNN_").lower())
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        self._all_weights = [[kind + suffix for kind in kinds] for suffix in self._suffixes()]
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._flat_weight_refs = []
 
     @classmethod
     def from_torch(cls, rnn: nn.RNN) -> RNN:
@@ -337,21 +348,6 @@ class RNN(nn.RNNBase):
         if beyond:
             raise ValueError(f"torch.nn.RNN has no {', '.join(beyond)}")
         return share(self, nn.RNN)
-
-
-class _ByName(Sequence[Any]):
-    """Attributes of a module, read when they are asked for: most of torch.nn.RNN's checks want the first alone."""
-
-    def __init__(self, module: nn.Module, names: list[str]) -> None:
-        self.module, self.names = module, names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return list(self)[index]
-        return getattr(self.module, self.names[index], None)
 
 
 def _samples(hx: Tensor | None, batch_sizes: Tensor, sorted_indices: Tensor | None) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from gradflow_helpers import Classifier, read
 from helpers import threads
 from torch import Tensor, nn
@@ -25,8 +27,10 @@ compilers = pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
+    """No graph of an earlier test, and none of an earlier run: its guards would come along."""
     torch.compiler.reset()
-    with threads(1):
+    cold = torch._functorch.config.patch(enable_autograd_cache=False)
+    with threads(1), torch._inductor.config.patch(fx_graph_cache=False), cold:
         yield
 
 
