@@ -185,6 +185,27 @@ def fsdp_mixed_precision(directory: Path) -> Any:
     return output.detach(), h_n.detach(), [p.grad.full_tensor() for p in model.parameters()]
 
 
+def batch_first(kind: type[nn.RNNBase]) -> nn.RNNBase:
+    torch.manual_seed(0)
+    return kind(3, 5, batch_first=True, dtype=torch.float64)
+
+
+def gradients_of_h_n_in_place(model: nn.RNNBase, x: Tensor) -> list[Tensor]:
+    """Of a loss on the final states alone, which are written to before; x is (T, B, 3)."""
+    _, h_n = model(x.transpose(0, 1))
+    h_n.mul_(2)
+    h_n.square().mean().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def fsdp_in_place(directory: Path) -> Any:
+    """FSDP2 hangs its work on the outputs; where these are views, what writes to them cuts it off."""
+    model = batch_first(rnnkern.RNN)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    gradients = gradients_of_h_n_in_place(model, share(batches()[0]))
+    return [g.full_tensor() for g in gradients]  # type: ignore[attr-defined]
+
+
 def fsdp_saves(directory: Path) -> Any:
     """Two steps, then a checkpoint of model and optimizer, which one process will go on from."""
     model = sharded(Model())
@@ -214,8 +235,22 @@ def load(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint_id: Path
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
-CASES = (ddp, ddp_static_graph_with_checkpointing, ddp_accumulation, ddp_frozen, ddp_watched, fsdp, fsdp_kept_gathered,
-         fsdp_checkpointing, fsdp_accumulation, fsdp_watched, fsdp_mixed_precision, fsdp_saves, fsdp_loads)  # fmt: skip
+CASES = (
+    ddp,
+    ddp_static_graph_with_checkpointing,
+    ddp_accumulation,
+    ddp_frozen,
+    ddp_watched,
+    fsdp,
+    fsdp_kept_gathered,
+    fsdp_checkpointing,
+    fsdp_accumulation,
+    fsdp_watched,
+    fsdp_mixed_precision,
+    fsdp_in_place,
+    fsdp_saves,
+    fsdp_loads,
+)
 
 
 def attempt(case: Callable[[Path], Any], directory: Path) -> Any:

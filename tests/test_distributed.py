@@ -89,7 +89,9 @@ def assert_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         torch.testing.assert_close(found[name], value, **ROUNDING, msg=lambda m, name=name: f"{name}: {m}")
 
 
-TRAINED = [case.__name__ for case in worker.CASES if not case.__name__.endswith(("mixed_precision", "saves"))]
+TRAINED = [
+    case.__name__ for case in worker.CASES if not case.__name__.endswith(("mixed_precision", "in_place", "saves"))
+]
 
 
 @pytest.mark.parametrize("kind", [rnnkern.RNN, nn.RNN], ids=["rnnkern", "torch"])
@@ -135,6 +137,12 @@ def test_mixed_precision(answers: Answers) -> None:
     for *_, found in answer(answers, "fsdp_mixed_precision"):
         assert all(g.dtype == torch.float32 for g in found)
         torch.testing.assert_close(found, mean)
+
+
+def test_in_place_on_outputs(answers: Answers) -> None:
+    expected = worker.gradients_of_h_n_in_place(worker.batch_first(nn.RNN), batches()[0])
+    for found in answer(answers, "fsdp_in_place"):
+        torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("kind", [rnnkern.RNN, nn.RNN], ids=["rnnkern", "torch"])

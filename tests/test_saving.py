@@ -119,14 +119,27 @@ def state_of(version: str, options: dict[str, Any]) -> dict[str, Any]:
     theirs = nn.RNN(I, H, **options)
     theirs(random_input())
     state = copy.deepcopy(theirs.__getstate__())
+    if version == "2":
+        return state
+    state = {key: value for key, value in state.items() if key in FIRST or not hasattr(nn.Module(), key)}
+    state.pop("proj_size")
     if version == "1.7":
-        state = {key: value for key, value in state.items() if key in FIRST or not hasattr(nn.Module(), key)}
-        state.pop("proj_size")
+        return state
+    state.pop("nonlinearity")  # only mode says it
+    if version == "1.4":
+        return state
+    state.pop("_flat_weights")  # the names stand in _all_weights alone
+    state.pop("_flat_weights_names")
+    state["_data_ptrs"] = []
+    if version == "1.3":
+        return state
+    key = "all_weights" if version == "first" else "_all_weights"  # which held the weights themselves
+    state[key] = [[state["_parameters"][name] for name in names] for names in state.pop("_all_weights")]
     return state
 
 
 @options
-@pytest.mark.parametrize("version", ["2", "1.7"])
+@pytest.mark.parametrize("version", ["2", "1.7", "1.4", "1.3", "0.1", "first"])
 def test_old_pickles(version: str, options: dict[str, Any]) -> None:
     made = rnnkern.RNN.__new__(rnnkern.RNN)
     made.__setstate__(state_of(version, options))

@@ -177,6 +177,14 @@ def test_functional_call(backend: Backend, device: str) -> None:
     assert all(w.grad.any() for w in weights.values()) and all(p.grad is None for p in module.parameters())
 
 
+def test_copies_can_be_swapped_into() -> None:
+    """Nothing that a copy or a pickle brings along refers to the weights, which would forbid it."""
+    for module in copies(rnnkern.RNN(I, H, 2)):
+        module(random_input("cpu"))
+        load_by_swapping(module, rnnkern.RNN(I, H, 2).state_dict())
+        assert same_function(module, module.state_dict())
+
+
 # Computed weights in training. What they are computed with comes from torch.nn.utils; the kernels need not be known.
 
 
@@ -360,3 +368,22 @@ def test_every_weight_is_computed(how: str) -> None:
     losses = train(module)
     assert losses[0] > losses[1] > losses[2]
     assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), sources, strict=True))
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "weight_hh_l1"])
+def test_computed_once_a_forward(name: str) -> None:
+    """Some weights take long to compute, some iterate (spectral_norm) or draw random numbers (dropped weights)."""
+    calls = []
+
+    class Counted(Halved):
+        def forward(self, w: Tensor) -> Tensor:
+            calls.append(w)
+            return super().forward(w)
+
+    module = rnnkern.RNN(I, H, 2)
+    parametrize.register_parametrization(module, name, Counted())
+    for mode in (torch.enable_grad, torch.no_grad):
+        calls.clear()
+        with mode():
+            module(random_input("cpu"))
+        assert len(calls) == 1
