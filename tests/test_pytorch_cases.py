@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_nonfinite, same_bits, ulps
+from helpers import assert_same_nonfinite, same_bits, threads, ulps
 from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db
 
 import rnnkern
@@ -22,6 +25,13 @@ INFOS = [info for info in module_db if info.module_cls in OURS]
 infos = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.module_cls.__name__)
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For these sizes a second one has nothing to do but to be waited for."""
+    with threads(1):
+        yield
 
 
 def test_there_are_cases() -> None:
@@ -43,6 +53,13 @@ def cases(
         yield case, *modules
 
 
+def every_other(
+    info: ModuleInfo, device: str, dtype: torch.dtype, training: bool
+) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
+    """For slow tests: half of the cases with training, half without; both with all arguments of the constructor."""
+    return itertools.islice(cases(info, device, dtype, training), int(training), None, 2)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, packed sequences among them."""
     if isinstance(value, Tensor):
@@ -50,14 +67,29 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for v in value if v is not None for t in tensors(v)]
 
 
+def floating(value: Any) -> list[Tensor]:
+    return [t for t in tensors(value) if t.is_floating_point()]
+
+
+def mapped(case: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    """args and kwargs of the forward, the floating tensors in them changed."""
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor,
+        lambda t: change(t.detach()) if t.is_floating_point() else t,
+        (case.forward_input.args, case.forward_input.kwargs),
+    )
+
+
+def with_leaves(case: Any, dtype: torch.dtype) -> tuple[Any, Any, list[Tensor]]:
+    """args and kwargs of the forward as leaves that require grad, and these leaves."""
+    args, kwargs = mapped(case, lambda t: t.to(dtype, copy=True).requires_grad_())
+    return args, kwargs, [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
+
+
 def run(module: nn.Module, case: Any, dtype: torch.dtype) -> list[Tensor]:
     """Outputs, then gradients of the inputs and weights."""
-    given = copy.deepcopy((case.forward_input.args, case.forward_input.kwargs))
-    args, kwargs = torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t, given
-    )
-    leaves = [t for t in tensors((*args, *kwargs.values())) if t.is_leaf and t.requires_grad]
-    outputs = [t for t in tensors(module(*args, **kwargs)) if t.is_floating_point()]
+    args, kwargs, leaves = with_leaves(case, dtype)
+    outputs = floating(module(*args, **kwargs))
     loss = sum((t.square().sum() for t in outputs), torch.zeros((), dtype=dtype))
     grads = torch.autograd.grad(loss, [*leaves, *module.parameters()])
     return [*outputs, *grads]
@@ -97,24 +129,132 @@ def test_reference_function(backend: Backend, info: ModuleInfo, training: bool) 
             torch.testing.assert_close(ours(*args, **kwargs), case.reference_fn(ours, *args, **kwargs))
 
 
+def strided(t: Tensor) -> Tensor:
+    """The same values, every other element of their memory."""
+    return torch.stack([t, t + 1], -1)[..., 0]
+
+
 @pytest.mark.float64
 @infos
 @modes
-def test_strided_inputs(backend: Backend, info: ModuleInfo, training: bool) -> None:
+def test_non_contiguous(backend: Backend, info: ModuleInfo, training: bool) -> None:
+    """Inputs, gradients of the outputs, or both lie in memory with gaps."""
     for case, ours, _ in cases(info, "cpu", torch.float64, training):
-        if all(isinstance(a, Tensor) for a in case.forward_input.args):
-            expected = ours(*case.forward_input.args)
-            strided = [torch.stack([a, a + 1], -1)[..., 0] for a in case.forward_input.args]
-            torch.testing.assert_close(ours(*strided), expected)
+        results = []
+        for of_inputs, of_grads in itertools.product([lambda t: t, strided], repeat=2):
+            args, kwargs = mapped(case, lambda t, change=of_inputs: change(t.clone()).requires_grad_())
+            leaves = [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
+            outputs = floating(ours(*args, **kwargs))
+            torch.manual_seed(5)
+            grads = [of_grads(torch.randn_like(t)) for t in outputs]
+            assert all(t.is_contiguous() == (of_inputs is not strided) for t in leaves if t.numel() > 1)
+            assert all(t.is_contiguous() == (of_grads is not strided) for t in grads if t.numel() > 1)
+            results.append([*outputs, *torch.autograd.grad(outputs, [*leaves, *ours.parameters()], grads)])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
 
 
 @infos
-def test_pickle_and_repr(backend: Backend, info: ModuleInfo) -> None:
-    for case, ours, theirs in cases(info, "cpu", torch.float32, True):
-        again = pickle.loads(pickle.dumps(ours))
-        args = case.forward_input.args
-        assert same_bits(tensors(again(*args)), tensors(ours(*args)))
-        assert repr(ours) == repr(theirs)
+@modes
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_gradients(info: ModuleInfo, training: bool, check: Callable[..., bool]) -> None:
+    """First and second derivatives by all inputs and weights, against finite differences."""
+    for case, ours, _ in every_other(info, "cpu", torch.float64, training):
+        args, kwargs, leaves = with_leaves(case, torch.float64)
+        # They are changed in place, where the module finds them.
+        call = lambda *_, m=ours, a=args, k=kwargs: tuple(floating(m(*a, **k)))  # noqa: E731
+        assert check(call, (*leaves, *ours.parameters()), fast_mode=True)
+
+
+@infos
+@dtypes
+def test_factory_arguments(info: ModuleInfo, dtype: torch.dtype) -> None:
+    """device and dtype say where all weights are made, as does torch.device around the constructor."""
+    kind = OURS[info.module_cls]
+    for case, _, theirs in cases(info, "cpu", dtype, True):
+        made = case.constructor_input
+        for device in ("cpu", "meta"):
+            module = kind(*made.args, **made.kwargs, device=device, dtype=dtype)
+            assert {(p.device.type, p.dtype) for p in module.parameters()} == {(device, dtype)}
+            with torch.device(device):
+                module = kind(*made.args, **made.kwargs)
+            assert {(p.device.type, p.dtype) for p in module.parameters()} == {(device, torch.float32)}
+            assert [n for n, _ in module.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+
+
+@infos
+@modes
+def test_meta(info: ModuleInfo, training: bool) -> None:
+    """Shapes without numbers, forward and backward; then numbers in to_empty's memory."""
+    for case, ours, _ in every_other(info, "cpu", torch.float32, training):
+        args, kwargs = mapped(case, lambda t: t.to("meta").requires_grad_())
+        leaves = [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
+        module = copy.deepcopy(ours).to("meta")
+        outputs = floating(module(*args, **kwargs))
+        expected = floating(ours(*case.forward_input.args, **case.forward_input.kwargs))
+        assert [(t.shape, t.dtype, t.stride()) for t in outputs] == [(t.shape, t.dtype, t.stride()) for t in expected]
+        grads = torch.autograd.grad(sum(t.sum() for t in outputs), [*leaves, *module.parameters()])
+        assert all(t.is_meta for t in (*outputs, *grads))
+        assert [g.shape for g in grads] == [t.shape for t in (*leaves, *module.parameters())]
+        module.to_empty(device="cpu").load_state_dict(ours.state_dict())
+        assert same_bits(floating(module(*case.forward_input.args, **case.forward_input.kwargs)), expected)
+
+
+@infos
+@pytest.mark.parametrize("swap", [False, True], ids=["data", "swap"])
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_to(info: ModuleInfo, swap: bool, has_grad: bool) -> None:
+    """Another dtype and back: Parameters stay the objects that an optimizer holds, and take their gradients along."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        for case, ours, theirs in cases(info, "cpu", torch.float32, True):
+            results = []
+            for module in (ours, theirs):
+                if has_grad:
+                    run_and_keep_grads(module, case, torch.float32)
+                held = list(module.parameters())
+                module.to(torch.float64)
+                results.append([g for p in module.parameters() if (g := p.grad) is not None])
+                run_and_keep_grads(module, case, torch.float64)
+                module.to(torch.float32).to(memory_format=torch.channels_last)  # which is for other dimensions
+                assert all(p is q for p, q in zip(module.parameters(), held, strict=True))
+                results[-1] += [*held, *run(module, case, torch.float32)]
+            assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
+            torch.testing.assert_close(*results)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def run_and_keep_grads(module: nn.Module, case: Any, dtype: torch.dtype) -> None:
+    args, kwargs, _ = with_leaves(case, dtype)
+    sum(t.square().sum() for t in floating(module(*args, **kwargs))).backward()
+
+
+@infos
+def test_modes_differ(info: ModuleInfo) -> None:
+    """Only where PyTorch says so does forward ask whether the module is training."""
+    for case, ours, _ in cases(info, "cpu", torch.float32, True):
+        del ours.training
+        if info.train_and_eval_differ:
+            with pytest.raises(AttributeError, match="training"):
+                ours(*case.forward_input.args, **case.forward_input.kwargs)
+        else:
+            ours(*case.forward_input.args, **case.forward_input.kwargs)
+
+
+@infos
+@modes
+def test_pickle_and_repr(info: ModuleInfo, training: bool) -> None:
+    for case, ours, theirs in cases(info, "cpu", torch.float32, training):
+        file = io.BytesIO()
+        torch.save(ours, file)
+        file.seek(0)
+        args, kwargs = case.forward_input.args, case.forward_input.kwargs
+        for again in (pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+            assert again.training == training
+            assert same_bits(tensors(again(*args, **kwargs)), tensors(ours(*args, **kwargs)))
+        assert repr(ours) == repr(theirs) and str(ours) == str(theirs)
 
 
 @infos

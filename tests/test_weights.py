@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import same_bits
 from torch import Tensor, nn
+from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import rnnkern
@@ -68,6 +70,15 @@ def same_function(module: nn.Module, weights: dict[str, Tensor]) -> bool:
     return same_bits(module(x), fresh(x))
 
 
+def load_by_swapping(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.load_state_dict(weights)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
 def replaced(change: str, module: rnnkern.RNN) -> None:
     new = torch.randn_like(module.weight_hh_l1)
     if change == "data":
@@ -87,15 +98,22 @@ def replaced(change: str, module: rnnkern.RNN) -> None:
         module.register_buffer("weight_hh_l1", new)
     elif change == "tie":
         module.weight_hh_l1 = module.weight_hh_l0
+    elif change == "swap":
+        torch.utils.swap_tensors(module.weight_hh_l1, nn.Parameter(new))
+    elif change == "load":
+        load_by_swapping(module, {k: torch.randn_like(v) for k, v in module.state_dict().items()})
     elif change == "assign":
         module.load_state_dict({k: torch.randn_like(v) for k, v in module.state_dict().items()}, assign=True)
 
 
-@pytest.mark.parametrize("change", ["data", "copy_", "set_", "setattr", "register", "buffer", "tie", "assign"])
+CHANGES = ["data", "copy_", "set_", "setattr", "register", "buffer", "tie", "assign", "swap", "load"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_used(backend: Backend, device: str, change: str) -> None:
     module = rnnkern.RNN(I, H, 2).to(device)
     x = random_input(device)
-    before = module(x)[0]
+    before = module(x)[0].detach()
     replaced(change, module)
     assert not torch.equal(module(x)[0], before)
     assert same_function(module, module.state_dict())
@@ -124,11 +142,6 @@ def test_from_meta(backend: Backend, device: str) -> None:
 @pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "orthogonal", "prune", "parametrize"])
 def test_computed_weights(backend: Backend, device: str, name: str, how: str) -> None:
     """A weight that is computed reaches the output, and its gradient reaches what it is computed from."""
-
-    class Halved(nn.Module):
-        def forward(self, w: Tensor) -> Tensor:
-            return w / 2
-
     module = rnnkern.RNN(I, H, 2).to(device)
     module(random_input(device))
     if how == "prune":
@@ -162,3 +175,215 @@ def test_functional_call(backend: Backend, device: str) -> None:
     assert same_bits((output, h_n), other(x))
     output.sum().backward()
     assert all(w.grad.any() for w in weights.values()) and all(p.grad is None for p in module.parameters())
+
+
+def test_copies_can_be_swapped_into() -> None:
+    """Nothing that a copy or a pickle brings along refers to the weights, which would forbid it."""
+    for module in copies(rnnkern.RNN(I, H, 2)):
+        module(random_input("cpu"))
+        load_by_swapping(module, rnnkern.RNN(I, H, 2).state_dict())
+        assert same_function(module, module.state_dict())
+
+
+# Computed weights in training. What they are computed with comes from torch.nn.utils; the kernels need not be known.
+
+
+class Halved(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w / 2
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+def mask_of(module: nn.Module, name: str) -> Tensor:
+    """A checkerboard."""
+    w = getattr(module, name)
+    return (torch.arange(w.numel()).view_as(w) + torch.arange(len(w))[:, None]) % 2
+
+
+def remove_parametrizations(module: nn.Module, name: str) -> None:
+    parametrize.remove_parametrizations(module, name)
+
+
+def twice(module: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(module, name, Halved())
+    parametrize.register_parametrization(module, name, Halved())
+
+
+def prune_twice(module: nn.Module, name: str) -> None:
+    prune.l1_unstructured(module, name, 0.3)
+    prune.ln_structured(module, name, 0.3, n=2, dim=0)
+
+
+#: how -> (apply, remove); the first five by hooks on the module, the others by parametrization
+WAYS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    "old weight_norm": (utils.weight_norm, utils.remove_weight_norm),
+    "old spectral_norm": (utils.spectral_norm, utils.remove_spectral_norm),
+    "prune.l1_unstructured": (lambda m, name: prune.l1_unstructured(m, name, 0.5), prune.remove),
+    "prune.custom_from_mask": (lambda m, name: prune.custom_from_mask(m, name, mask_of(m, name)), prune.remove),
+    "prune twice": (prune_twice, prune.remove),
+    "weight_norm": (parametrizations.weight_norm, remove_parametrizations),
+    "spectral_norm": (parametrizations.spectral_norm, remove_parametrizations),
+    "orthogonal": (parametrizations.orthogonal, remove_parametrizations),
+    "parametrize twice": (twice, remove_parametrizations),
+}
+PARAMETRIZED = list(WAYS)[5:]
+ways = pytest.mark.parametrize("how", WAYS)
+names = pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1"])
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+
+
+def computed(how: str, name: str, kind: type[nn.RNNBase] = rnnkern.RNN, seed: int = 0) -> nn.RNNBase:
+    """A module that has run forward before its weight became a computed one."""
+    torch.manual_seed(seed)
+    module = kind(I, H, 2, dtype=torch.float64)
+    module(random_input("cpu").double())
+    WAYS[how][0](module, name)
+    return module
+
+
+def train(module: nn.Module, steps: int = 3) -> list[float]:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    losses = []
+    for _ in range(steps):
+        loss = (module(random_input("cpu").double())[0] - 0.3).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def current(module: nn.Module) -> dict[str, Tensor]:
+    """The weights, computed or not, as a module in eval mode would take them."""
+    module.eval()
+    module(random_input("cpu").double())  # hooks compute the weight here
+    return {name: getattr(module, name).detach().clone() for name in nn.RNN(I, H, 2).state_dict()}
+
+
+@ways
+@names
+def test_computed_weights_train(how: str, name: str) -> None:
+    """The gradient reaches all that the weight is computed from, and each new value reaches the next output."""
+    module = computed(how, name)
+    sources = {n: p.detach().clone() for n, p in module.named_parameters()}
+    assert name not in sources
+    losses = train(module)
+    assert losses[0] > losses[1] > losses[2]
+    assert not [n for n, p in module.named_parameters() if torch.equal(p, sources[n])]
+    weights = current(module)
+    assert same_function(module, weights)
+    w = weights[name]
+    if how == "orthogonal":
+        torch.testing.assert_close(w.T @ w, torch.eye(H, dtype=torch.float64))
+    elif "prune" in how:
+        assert not w[getattr(module, f"{name}_mask") == 0].any() and not w.all()
+        assert prune.is_pruned(module)
+    elif "weight_norm" in how:
+        g = getattr(module, f"{name}_g") if "old" in how else module.parametrizations[name].original0
+        torch.testing.assert_close(w.norm(dim=1, keepdim=True), g.detach())
+    if "spectral_norm" not in how:  # which iterates whenever it is computed, and nn.RNN computes it more often
+        theirs = computed(how, name, nn.RNN)
+        assert train(theirs) == pytest.approx(losses)
+        torch.testing.assert_close(list(module.parameters()), list(theirs.parameters()))
+
+
+@ways
+@names
+def test_computed_weights_are_saved_and_loaded(how: str, name: str) -> None:
+    """As state_dict, under the names that nn.RNN has; what is made by hooks also as a pickle."""
+    module = computed(how, name)
+    train(module)
+    state = module.state_dict()
+    assert list(state) == list(computed(how, name, nn.RNN).state_dict())
+    other = computed(how, name, seed=1)
+    other.load_state_dict(state)
+    assert same_bits(current(other).values(), current(module).values())
+    if how in PARAMETRIZED:
+        copied = copy.deepcopy(module)
+        with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+            pickle.dumps(module)
+    else:
+        copied = pickle.loads(pickle.dumps(module))
+    assert same_bits(current(copied).values(), current(module).values())
+    train(copied.train())
+    assert not same_bits(current(copied).values(), current(module).values()), "a copy has weights of its own"
+    assert same_bits(current(other).values(), current(module).values())
+
+
+@ways
+@names
+def test_removal(how: str, name: str) -> None:
+    """What was computed last is a plain parameter under its own name, and the module one like any other."""
+    module = computed(how, name)
+    train(module)
+    weights = current(module)
+    WAYS[how][1](module, name)
+    assert type(module) is rnnkern.RNN and type(getattr(module, name)) is nn.Parameter
+    assert sorted(module.state_dict()) == sorted(weights)
+    torch.testing.assert_close(getattr(module, name).detach(), weights[name])  # the old ones compute it once more
+    assert same_function(module, module.state_dict())
+    # torch.nn.utils.parametrizations.weight_norm leaves a local function behind, in any module, that no pickle takes.
+    for other in copies(module) if how != "weight_norm" else [copy.deepcopy(module)]:
+        assert same_bits(other(random_input("cpu").double()), module(random_input("cpu").double()))
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    losses = train(module.train())
+    assert losses[0] > losses[2]
+    assert not [n for n, p in module.named_parameters() if torch.equal(p, before[n])]
+
+
+def test_assigning_to_a_computed_weight() -> None:
+    """It goes through the inverse of what computes the weight."""
+    module = computed("parametrize twice", "weight_hh_l0")
+    value = torch.randn(H, H, dtype=torch.float64)
+    module.weight_hh_l0 = value
+    assert torch.equal(module.parametrizations.weight_hh_l0.original, 4 * value)
+    assert same_function(module, current(module)) and torch.equal(current(module)["weight_hh_l0"], value)
+
+
+def test_cached_parametrizations() -> None:
+    """Within parametrize.cached() a weight is computed once, for all calls; gradients of all reach its source."""
+    module = computed("orthogonal", "weight_hh_l0")
+    x = random_input("cpu").double()
+    with parametrize.cached():
+        (module(x)[0].sum() + module(2 * x)[0].sum()).backward()
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    (module(x)[0].sum() + module(2 * x)[0].sum()).backward()
+    torch.testing.assert_close(found, [p.grad for p in module.parameters()])
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "orthogonal", "prune.l1_unstructured"])
+def test_every_weight_is_computed(how: str) -> None:
+    """All matrices of both layers and directions, and biases where they can be."""
+    torch.manual_seed(0)
+    module = rnnkern.RNN(I, H, 2, bidirectional=True, dtype=torch.float64)
+    every = [name for name, p in module.named_parameters() if p.dim() == 2 or "prune" in how]
+    for name in every:
+        WAYS[how][0](module, name)
+    sources = [p.detach().clone() for p in module.parameters()]
+    losses = train(module)
+    assert losses[0] > losses[1] > losses[2]
+    assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), sources, strict=True))
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "weight_hh_l1"])
+def test_computed_once_a_forward(name: str) -> None:
+    """Some weights take long to compute, some iterate (spectral_norm) or draw random numbers (dropped weights)."""
+    calls = []
+
+    class Counted(Halved):
+        def forward(self, w: Tensor) -> Tensor:
+            calls.append(w)
+            return super().forward(w)
+
+    module = rnnkern.RNN(I, H, 2)
+    parametrize.register_parametrization(module, name, Counted())
+    for mode in (torch.enable_grad, torch.no_grad):
+        calls.clear()
+        with mode():
+            module(random_input("cpu"))
+        assert len(calls) == 1
