@@ -306,7 +306,7 @@ class RNN(nn.RNNBase):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of any version of torch.nn.RNN as well: they differ in what they keep beside the parameters."""
+        """Take the states of all versions of torch.nn.RNN too: beside the parameters they keep this and that."""
         nn.Module.__setstate__(self, state)
         for name in ("_flat_weights", "all_weights", "_data_ptrs"):
             self.__dict__.pop(name, None)
