@@ -89,6 +89,20 @@ def device_of(backend: Backend) -> str:
     return "cpu" if backend.refuses("cpu", torch.float32, 64) is None else "cuda"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where there is a GPU, a test that is to run everywhere runs there as well."""
+    marked = metafunc.definition.get_closest_marker("everywhere") and "backend" not in metafunc.fixturenames
+    if marked and torch.cuda.is_available():
+        metafunc.parametrize("made_there", ["cpu", "cuda"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def made_there(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors and modules for which no device is named are made on the CPU, or in the place of the parameter."""
+    with on(getattr(request, "param", "cpu")):
+        yield
+
+
 @pytest.fixture
 def cpu_library() -> None:
     """For tests of the registered operators themselves."""

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnkern
 from rnnkern import TruncatedBPTT
 
-pytestmark = pytest.mark.usefixtures("nothing_stays")
+pytestmark = [pytest.mark.usefixtures("nothing_stays"), pytest.mark.everywhere]
 
 
 def test_chunks_are_views_and_the_state_goes_on() -> None:
@@ -124,11 +124,11 @@ def test_packed_chunks() -> None:
     with rnnkern.watch(rnn) as flow:
         with flow.sequence() as next_chunk:
             next_chunk()
-            rnn(pack_padded_sequence(x[:4], torch.tensor([4, 2])))[0].data.sum().backward()
+            rnn(pack_padded_sequence(x[:4], torch.tensor([4, 2], device="cpu")))[0].data.sum().backward()
         assert read(flow).lengths.tolist() == [4, 2]
         with flow.sequence() as next_chunk:
             next_chunk()
-            rnn(pack_padded_sequence(x[:4], torch.tensor([4, 2])))[0].data.sum().backward()
+            rnn(pack_padded_sequence(x[:4], torch.tensor([4, 2], device="cpu")))[0].data.sum().backward()
             next_chunk()
             rnn(x[4:])[0].sum().backward()
         with pytest.raises(ValueError, match="a sample of 'rnn' has ended in one chunk of its sequence and goes on"):

@@ -22,6 +22,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import rnnkern
 from rnnkern.backends import Backend
 
+pytestmark = pytest.mark.everywhere
+
 compilers = pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 
 
@@ -158,7 +160,7 @@ def test_autocast_and_checkpoint() -> None:
     x, hx = torch.randn(4, 2, 3), torch.randn(2, 2, 5)
 
     def call(x: Tensor, hx: Tensor) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             output, h_n = torch.utils.checkpoint.checkpoint(module, x, hx, use_reentrant=False)
             assert output.dtype == h_n.dtype == torch.bfloat16
             return output.float(), h_n.float()

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnnkern
 from rnnkern.backends import Backend
 
+pytestmark = pytest.mark.everywhere
+
 LENGTHS = [4, 1, 6, 4, 2]
 
 
@@ -102,7 +104,7 @@ def test_watched_like_a_packed_sequence() -> None:
         record = flow.read(per_sample=True)
         assert record is not None and record.lengths.tolist() == LENGTHS
         norms.append(record.norm)
-        rnn(pack_padded_sequence(x, torch.tensor(LENGTHS), enforce_sorted=False))[1].sum().backward()
+        rnn(pack_padded_sequence(x, torch.tensor(LENGTHS, device="cpu"), enforce_sorted=False))[1].sum().backward()
         record = flow.read(per_sample=True)
         assert record is not None
         norms.append(record.norm)
@@ -132,4 +134,4 @@ def test_lengths_where_they_have_no_place() -> None:
     with pytest.raises(ValueError, match="lengths must be None for an unbatched input"):
         rnn(x[:, 0], lengths=[5])
     with pytest.raises(ValueError, match="lengths must be None for a PackedSequence"):
-        rnn(pack_padded_sequence(x, torch.tensor([5, 3, 2])), lengths=[5, 3, 2])
+        rnn(pack_padded_sequence(x, torch.tensor([5, 3, 2], device="cpu")), lengths=[5, 3, 2])

@@ -21,6 +21,8 @@ import rnnkern
 from rnnkern import backends, loop
 from rnnkern.backends import Backend
 
+pytestmark = pytest.mark.everywhere
+
 LOOP = [dict(layer_norm="preactivation"), dict(recurrent_dropout=0.4), dict(layer_norm="preactivation", clip=0.2)]
 loops = pytest.mark.parametrize("options", LOOP, ids=str)
 
@@ -141,7 +143,7 @@ def test_loops_are_differentiable_to_any_order(reference: None, options: dict[st
 def test_statistics_of_loops(options: dict[str, Any], reverse: bool, lengths: list[int] | None) -> None:
     """The squared norms of ∂L/∂h_t, of its part from later steps, and of ∂L/∂z_t, before clipping."""
     size = dict(T=4, B=3) if lengths is None else dict(lengths=lengths)
-    p = make_problem(**size, H=5, dtype=torch.float64, reverse=reverse)
+    p = make_problem(**size, H=5, dtype=torch.float64, reverse=reverse, device=torch.get_default_device().type)
     clip = options.get("clip", INF)
     mask = F.dropout(torch.ones_like(p.h0), 0.4) if "recurrent_dropout" in options else None
     norm = (torch.rand(5).double(), torch.randn(5).double()) if "layer_norm" in options else None
@@ -235,7 +237,7 @@ def test_layer_norm_begins_at_one_and_zero() -> None:
 @pytest.mark.parametrize("options", [dict(layer_norm="input"), *LOOP], ids=str)
 def test_autocast(options: dict[str, Any]) -> None:
     rnn = rnnkern.RNN(3, 4, 2, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         output, h_n = rnn(torch.randn(5, 2, 3), torch.randn(2, 2, 4))
     assert output.dtype == h_n.dtype == torch.bfloat16
     output.float().sum().backward()
