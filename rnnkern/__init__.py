@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from rnnkern import backends, functional, reference
+from rnnkern import backends, functional, jacobian, reference
 from rnnkern.backends import use_backend
 from rnnkern.bptt import TruncatedBPTT
 from rnnkern.convert import convert
@@ -21,6 +21,7 @@ __all__ = [
     "backends",
     "convert",
     "functional",
+    "jacobian",
     "reference",
     "use_backend",
     "watch",
