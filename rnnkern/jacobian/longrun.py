@@ -26,10 +26,10 @@ def lyapunov_exponents(
 ) -> LyapunovExponents:
     """The k largest Lyapunov exponents along each sample's trajectory: Q_t R_t = qr(J_t Q_{t-1}), λ_i = mean ln |R_ii|.
 
-    J_t = diag(f'(h_t)) W_hh is applied forward in time, in this order: products of the transposed Jacobians forward in
-    time are those of another system (Engelken, Wolf & Abbott 2023; Benettin et al. 1980). The sum of the first j
-    exponents is the rate at which a volume of j dimensions grows. λ_1 < 0: the state forgets, and gradients vanish by
-    exp(λ_1) per step in the long run; λ_1 > 0: chaos, and gradients explode.
+    The method of Benettin et al. (1980), for RNNs see Engelken, Wolf & Abbott (2023). J_t = diag(f'(h_t)) W_hh is
+    applied forward in time: transposed Jacobians forward in time make another product, and other numbers. The sum of
+    the first j exponents is the rate at which a volume of j dimensions grows. λ_1 < 0: the state forgets, and gradients
+    vanish by exp(λ_1) per step in the long run; λ_1 > 0: chaos, and gradients explode.
 
     Args:
         rnn, layers, directions: as of :func:`frobenius_norms`.

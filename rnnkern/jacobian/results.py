@@ -143,5 +143,7 @@ def _table(title: str, axis: str, at: Ints, rows: list[tuple[str, Floats]]) -> s
         some = ~np.isnan(values).all(1)
         medians = np.full(len(values), np.nan)
         medians[some] = np.nanmedian(values[some], 1)
-        lines.append(name.ljust(width) + "".join(f"{value:>10.3f}" for value in medians))
+        lines.append(
+            name.ljust(width) + "".join(f"{round(value, 3) + 0.0:>10.3f}" for value in medians.tolist())
+        )  # no -0.000
     return "\n".join(lines)
