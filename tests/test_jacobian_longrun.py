@@ -68,6 +68,25 @@ def test_all_exponents_add_up_to_the_volume() -> None:
     np.testing.assert_allclose(exponents[0, 0].sum(0), volume.numpy(), rtol=1e-10)
 
 
+def test_directions_that_are_not_resolved_are_nan() -> None:
+    """Two factors, 0.9 and 0.1, in a basis that is not the units': after 40 steps they are 1e38 apart."""
+    rnn, x = chain(1.0, H=2), torch.zeros(200, 1, 3, dtype=torch.float64)
+    with torch.no_grad():
+        basis = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+        rnn.weight_hh_l0.copy_(basis @ torch.diag(torch.tensor([0.9, 0.1], dtype=torch.float64)) @ basis.T)
+    near = jacobian.lyapunov_exponents(rnn, x).exponents.ravel()
+    np.testing.assert_allclose(near, np.log([0.9, 0.1]), rtol=1e-9)
+    far = jacobian.lyapunov_exponents(rnn, x, every=40).exponents.ravel()
+    np.testing.assert_allclose(far, [math.log(0.9), math.nan], rtol=1e-9)
+    relu = rnnkern.RNN(3, 4, nonlinearity="relu", dtype=torch.float64)
+    with torch.no_grad():
+        relu.bias_hh_l0.copy_(torch.tensor([9, -9, 9, -9]))  # two units are always on, two are always off
+    values = jacobian.lyapunov_exponents(relu, x).exponents.ravel()
+    np.testing.assert_array_equal(np.isnan(values), [False, False, True, True])
+    on = torch.linalg.eigvals(relu.weight_hh_l0.detach()[::2, ::2]).abs().log()
+    assert values[:2].sum() == pytest.approx(on.sum().item(), rel=1e-9)
+
+
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("given", [True, False])
 def test_contraction_against_two_trajectories(nonlinearity: str, given: bool) -> None:

@@ -38,7 +38,7 @@ def lyapunov_exponents(
         k: how many; None for all H.
         warmup: steps that do not count, in which the directions settle; None for T/10.
         every: steps between two decompositions. The k directions must not collapse onto each other in between:
-            exp(every·(λ_1 - λ_k)) has to stay far below 1e16.
+            exp(every·(λ_1 - λ_k)) has to stay far below 1e16, or λ_k is NaN.
         generator: for the first directions; None for one of their own with seed 0.
 
     Raises:
@@ -71,7 +71,9 @@ def _lyapunov(path: Trajectory, k: int, warmup: int, every: int, generator: torc
     for a, b in segments(0, warmup, every) + segments(warmup, T, every):
         q, r = torch.linalg.qr(push_forward(path, q.mT, a, b).mT)
         if a >= warmup:
-            total += r.diagonal(dim1=-2, dim2=-1).abs().log()
+            left, whole = r.diagonal(dim1=-2, dim2=-1).abs(), torch.linalg.vector_norm(r, dim=-2)
+            unresolved = (left < H * torch.finfo(r.dtype).eps * whole) & (whole > 0)  # rounding is all that is left
+            total += left.log().masked_fill(unresolved, math.nan)
     return total.T
 
 

@@ -74,7 +74,8 @@ class LyapunovExponents:
     """The leading Lyapunov exponents, in natural logarithms per step: exp(λ) is the factor of one step.
 
     Attributes:
-        exponents: (layers, directions, k, B), λ_1 first; -inf where a direction has vanished exactly.
+        exponents: (layers, directions, k, B), λ_1 first; -inf where all has vanished exactly, NaN where float64
+            does not resolve a direction beside those before it: ``every`` is too large, or ReLU units are off.
         steps: how many steps each is a mean over.
         warmup: steps before them, in which the directions settled.
         layers, directions: the first two axes' indices in the module.
