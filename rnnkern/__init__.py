@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from rnnkern import backends, functional, reference
+from rnnkern import backends, clipping, functional, init, jacobian, reference
 from rnnkern.backends import use_backend
 from rnnkern.bptt import TruncatedBPTT
 from rnnkern.convert import convert
@@ -19,8 +19,11 @@ __all__ = [
     "RNNCell",
     "TruncatedBPTT",
     "backends",
+    "clipping",
     "convert",
     "functional",
+    "init",
+    "jacobian",
     "reference",
     "use_backend",
     "watch",
