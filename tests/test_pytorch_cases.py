@@ -116,6 +116,27 @@ def test_forward_and_backward(backend: Backend, info: ModuleInfo, training: bool
     assert not [e for e in errors if e[0] > 2 * max(by_plain) + 1], max(by_plain)
 
 
+@infos
+@modes
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex(info: ModuleInfo, training: bool) -> None:
+    """As nn.RNN, by plain PyTorch operations; relu is not for complex numbers there either."""
+    for case, ours, theirs in cases(info, "cpu", torch.complex128, training):
+        if ours.nonlinearity == "relu":
+            for module in (ours, theirs):
+                with pytest.raises(NotImplementedError, match="not supported for complex"):
+                    module(*case.forward_input.args, **case.forward_input.kwargs)
+            continue
+        results = []
+        for module in (ours, theirs):
+            outputs = [
+                t for t in tensors(module(*case.forward_input.args, **case.forward_input.kwargs)) if t.is_complex()
+            ]
+            loss = sum(t.abs().square().sum() for t in outputs)
+            results.append([*outputs, *torch.autograd.grad(loss, list(module.parameters()))])
+        torch.testing.assert_close(*results)
+
+
 @pytest.mark.float64
 @infos
 @modes

@@ -177,6 +177,22 @@ def test_functional_call(backend: Backend, device: str) -> None:
     assert all(w.grad.any() for w in weights.values()) and all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1", "bias_hh_l0"])
+def test_weights_with_gaps(backend: Backend, device: str, name: str) -> None:
+    """A weight that is transposed in memory, or every other element of it, is taken as it lies."""
+    module = rnnkern.RNN(I, H, 2).to(device)
+    compact = copy.deepcopy(module)
+    w = getattr(module, name)
+    last = w.detach().moveaxis(0, -1)
+    w.data = torch.stack([last, torch.full_like(last, torch.nan)], -1)[..., 0].moveaxis(-1, 0)
+    assert not w.is_contiguous()
+    x = random_input(device)
+    torch.testing.assert_close(module(x), compact(x))
+    for m in (module, compact):
+        m(x)[0].square().sum().backward()
+    torch.testing.assert_close([p.grad for p in module.parameters()], [p.grad for p in compact.parameters()])
+
+
 def test_copies_can_be_swapped_into() -> None:
     """Nothing that a copy or a pickle brings along refers to the weights, which would forbid it."""
     for module in copies(rnnkern.RNN(I, H, 2)):
