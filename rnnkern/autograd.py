@@ -50,12 +50,12 @@ class RNNFunction(torch.autograd.Function):
         if grad_h is None:
             grad_h = h.new_zeros(()).expand_as(h)
         chain = (grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
-        with_stats = ctx.tapped and ctx.needs_input_grad[3]
+        with_stats = ctx.tapped and _is_wanted(ctx, 3)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             delta, grad_h0, stats = RNNBackwardFunction.apply(*chain, backend, with_stats)
         else:
             delta, grad_h0, stats = _backward(backend, with_stats, *chain)
-        grad_w_hh = _grad_w_hh(delta, h, h0, batch_sizes, reverse) if ctx.needs_input_grad[2] else None
+        grad_w_hh = _grad_w_hh(delta, h, h0, batch_sizes, reverse) if _is_wanted(ctx, 2) else None
         return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None
 
 
@@ -167,6 +167,17 @@ def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tens
     if with_stats:
         return ops.recurrence_backward_stats(backend, *chain)
     return *ops.recurrence_backward(backend, *chain), None
+
+
+def _is_wanted(ctx: Any, index: int) -> bool:
+    """Whether this backward pass has a use for the gradient of an input: ``needs_input_grad`` knows only whether some
+    pass may have one, and ``autograd.grad(loss, x)`` has none for those of the weights."""
+    if not ctx.needs_input_grad[index] or torch.compiler.is_compiling() or is_transformed():
+        return ctx.needs_input_grad[index]
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:  # it does not answer for a leaf whose gradient is to be returned: that one is wanted
+        return True
 
 
 def _save(

@@ -213,7 +213,7 @@ class RNN(nn.RNNBase):
         T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
         weights = self._weights()
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
-        self._check(input, hx, batch_sizes, weights[0][0], states)
+        self._check(input, hx, batch_sizes, weights, states)
         if hx is None:
             hx = torch.zeros(states, dtype=input.dtype, device=input.device)
         elif sorted_indices is not None:
@@ -247,10 +247,16 @@ class RNN(nn.RNNBase):
         return result._replace(h_n=result.h_n.index_select(1, unsorted_indices))
 
     def _check(
-        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, weight: Tensor, states: tuple[int, int, int]
+        self,
+        input: Tensor,
+        hx: Tensor | None,
+        batch_sizes: Tensor | None,
+        weights: list[LayerWeights],
+        states: tuple[int, int, int],
     ) -> None:
         """Raise where an argument does not fit: torch.nn.RNN's checks, and that all lies in one place."""
-        dtype_fits = input.dtype == weight.dtype or torch._C._is_any_autocast_enabled()
+        weight, casts = weights[0][0], torch._C._is_any_autocast_enabled()
+        dtype_fits = input.dtype == weight.dtype or casts
         shape_fits = input.dim() == (3 if batch_sizes is None else 2) and input.shape[-1] == self.input_size
         if not (dtype_fits and shape_fits):
             self.check_input(input, batch_sizes)  # raises; it reads the weights anew, which may have to be computed
@@ -259,6 +265,12 @@ class RNN(nn.RNNBase):
                 f"input must be on the device of the weights ({weight.device}), got {input.device}. "
                 f"Convert input: input.to('{weight.device}'), or convert model: model.to('{input.device}')"
             )
+        for names, of_layer in zip(self._all_weights, weights):
+            for name, w in zip(names, of_layer):
+                if w is not None and (w.device != weight.device or (w.dtype != weight.dtype and not casts)):
+                    kind = "dtype" if w.device == weight.device else "device"
+                    expected, got = getattr(weight, kind), getattr(w, kind)
+                    raise RuntimeError(f"{name} must have the {kind} of weight_ih_l0 ({expected}), got {got}")
         if hx is None:
             return
         self.check_hidden_size(hx, states)

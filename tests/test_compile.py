@@ -158,9 +158,10 @@ def test_accumulation(compiler: str) -> None:
 def test_autocast_and_checkpoint() -> None:
     module = rnnkern.RNN(3, 5, 2)
     x, hx = torch.randn(4, 2, 3), torch.randn(2, 2, 5)
+    place = x.device.type
 
     def call(x: Tensor, hx: Tensor) -> Any:
-        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        with torch.autocast(place, dtype=torch.bfloat16):
             output, h_n = torch.utils.checkpoint.checkpoint(module, x, hx, use_reentrant=False)
             assert output.dtype == h_n.dtype == torch.bfloat16
             return output.float(), h_n.float()

@@ -262,6 +262,19 @@ def test_module_weights_elsewhere(backend: Backend, device: str) -> None:
         module(X.to("meta"))
 
 
+@pytest.mark.parametrize("name", ["weight_ih_l1", "weight_hh_l0", "bias_ih_l0_reverse"])
+def test_module_one_weight_elsewhere(backend: Backend, device: str, name: str) -> None:
+    module = rnnkern.RNN(3, 5, 2, bidirectional=True, device=device)
+    p = module.get_parameter(name)
+    for change, message in (
+        (p.detach().to("meta"), rf"{name} must have the device of weight_ih_l0 \({device}.*\), got meta"),
+        (p.detach().double(), rf"{name} must have the dtype of weight_ih_l0 \(torch\.float32\), got torch\.float64"),
+    ):
+        setattr(module, name, torch.nn.Parameter(change))
+        with pytest.raises(RuntimeError, match=message):
+            module(torch.randn(4, 2, 3, device=device))
+
+
 def test_module_packed_with_wrong_sizes(backend: Backend, device: str) -> None:
     packed = PackedSequence(torch.zeros(6, 3, device=device), torch.tensor([2, 2, 1], device="cpu"))
     with pytest.raises(RuntimeError, match=r"batch_sizes must add up to z.size\(0\) = 6, got .*5"):

@@ -184,3 +184,27 @@ def test_cell() -> None:
     with Work() as backward:
         loss.backward()
     assert backward.gemms == {GRAD_W_IH: 1}
+
+
+@pytest.mark.parametrize("how", ["autograd.grad", "backward"])
+def test_gradients_of_some(how: str) -> None:
+    """Everything requires grad, and only the gradients of the input are asked for."""
+    module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+    loss = module(x)[0].square().mean()
+    with Work() as backward:
+        if how == "backward":
+            loss.backward(inputs=[x])
+        else:
+            torch.autograd.grad(loss, x)
+    assert backward.chains == {"recurrence_backward": 1} and backward.gemms == {GRAD_INPUT: 1} and not backward.sums
+
+
+def test_statistics_that_nobody_receives() -> None:
+    """autograd.grad leaves the taps out: it need not sum for them either."""
+    module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+    with rnnkern.watch(module) as flow:
+        loss = module(x)[0].square().mean()
+        with Work() as backward:
+            torch.autograd.grad(loss, x)
+        assert flow.read() is None
+    assert backward.chains == {"recurrence_backward": 1}
