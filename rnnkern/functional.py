@@ -114,7 +114,9 @@ def rnn(
         input = joined + input if residual and layer > 0 else joined
         if dropout > 0 and training and layer < layers - 1:
             input = F.dropout(input, dropout)
-    return Output(input, torch.stack(final_states), states)
+    # Under autograd never a view: what hooks hang on a view, FSDP's among them, a write to it would cut off.
+    is_view = len(final_states) == 1 and not final_states[0].requires_grad
+    return Output(input, final_states[0][None] if is_view else torch.stack(final_states), states)
 
 
 def autocast_enabled(device: torch.device) -> bool:

@@ -281,7 +281,15 @@ class RNN(nn.RNNBase):
 
     def _weights(self) -> list[LayerWeights]:
         """The weights by name, as they are at this moment."""
-        biases = (None, None)
+        parameters, biases = self._parameters, (None, None)
+        try:  # half the time of getattr, which comes last to where parameters are
+            if not torch.compiler.is_compiling():
+                return [
+                    (*[parameters[name] for name in names], *(() if self.bias else biases))
+                    for names in self._all_weights
+                ]
+        except KeyError:
+            pass  # one is computed, and an attribute of another kind
         return [
             (*(getattr(self, name) for name in names), *(() if self.bias else biases)) for names in self._all_weights
         ]
