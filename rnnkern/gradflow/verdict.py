@@ -187,8 +187,12 @@ def _sentences(c: Chain) -> Iterator[str]:
     if c.longest and not np.isnan(c.gain):
         yield _one_step_back(c)
     if not np.isnan(c.direct_share):
-        angle = "" if np.isnan(c.cosine) else f", cosine of the two {c.cosine:+.2f}"
-        yield f"At the median step {c.direct_share:.0%} of the gradient enters there, the rest comes from later{angle}."
+        angle = "" if np.isnan(c.cosine) else f"; the median cosine between them is {c.cosine:+.2f}"
+        share = round(100 * c.direct_share)
+        yield (
+            "At the median step the norms of what enters and what comes from later are as "
+            f"{share} : {100 - share}{angle}."
+        )
 
 
 def _reach(c: Chain) -> str:
