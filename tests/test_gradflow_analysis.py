@@ -259,6 +259,29 @@ def test_zero_and_nonfinite_norms_divide_nothing() -> None:
     assert not rec.loss_at_end.any()
 
 
+def test_a_finite_norm_over_an_infinite_one_is_no_zero() -> None:
+    squares = np.ones((3, 1, 1, 4, 1))
+    squares[0, 0, 0, 2] = np.inf
+    squares[2, 0, 0, 3] = 0
+    rec = ModuleRecord("rnn", squares, np.array([4]))
+    np.testing.assert_array_equal(rec.gain[0, 0], [1, np.nan, 1, np.nan])
+    np.testing.assert_array_equal(rec.saturation_factor[0, 0], [1, np.nan, 0, np.nan])
+    np.testing.assert_array_equal(rec.weight_factor[0, 0], [1, 1, np.nan, np.nan])  # R = 1 of Δ = 0: no such chain
+    assert rec.first_nonfinite == 1
+
+
+def test_gradients_at_padding_are_not_of_the_sample() -> None:
+    """A loss may look at the zeros behind a sample's end: nothing of it goes into the chain."""
+    rnn = rnnkern.RNN(3, 4)
+    flow = rnnkern.watch(rnn)
+    x, lengths = torch.randn(6, 2, 3), [6, 3]
+    output, _ = rnn(x, lengths=lengths)
+    arriving = OutputGradient(rnn, output, lengths)
+    (output - 1).square().sum().backward()
+    direct = read(flow)["rnn"].with_direct(arriving).direct[0, 0]
+    np.testing.assert_allclose(direct[3:5], 2 * (output[3:5, 0] - 1).detach().norm(dim=-1), rtol=1e-5)
+
+
 def test_without_measurement_the_direct_part_is_known_where_it_follows() -> None:
     rnn = rnnkern.RNN(3, 4)
     flow = rnnkern.watch(rnn)

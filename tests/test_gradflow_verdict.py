@@ -80,7 +80,7 @@ def test_vanishing_by_saturation() -> None:
     symptom = verdict.symptoms[0]
     assert symptom.figures["weight_share"] == pytest.approx(0, abs=1e-9)
     assert symptom.remedy.startswith("layer norm") and "orthogonal" not in symptom.remedy
-    assert "0% of the decay comes from the weights, 100% from saturation" in verdict.sentences[0]
+    assert ": 0% of the decay comes from the weights, 100% from saturation" in verdict.sentences[0]
 
 
 def test_exploding() -> None:

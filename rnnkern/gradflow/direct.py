@@ -79,8 +79,7 @@ class OutputGradient:
 
     def squares(self) -> Floats:
         """(layers, directions, T, B) in input order, NaN for all layers but the last; waits for the device."""
-        lengths = self.lengths
-        T, B = (self._T if self._packed is None else len(self._packed.batch_sizes)), len(lengths)
+        T, B = (self._T if self._packed is None else len(self._packed.batch_sizes)), len(self._lengths)
         rows = np.zeros((T, B, self.directions))
         if self._squares is not None:
             if self._packed is not None:
@@ -90,5 +89,5 @@ class OutputGradient:
                 dense = self._squares.transpose(0, 1) if self._batch_first else self._squares
                 rows = dense.cpu().numpy().reshape(T, B, self.directions)
         result = np.full((self.layers, self.directions, T, B), np.nan)
-        result[-1] = np.where(np.arange(T)[:, None] < lengths, rows.transpose(2, 0, 1), 0)
+        result[-1] = rows.transpose(2, 0, 1)
         return result

@@ -210,9 +210,10 @@ def _one_step_back(c: Chain) -> str:
         return f"One step back keeps the norm: times {c.gain:.3g} ({factors})."
     change = "decay" if c.gain < 1 else "growth"
     share = c.weight_share
-    if 0 <= share <= 1:
-        cause = f"{share:.0%} of the {change} comes from the weights, {1 - share:.0%} from saturation"
-    elif share > 1:
+    percent = round(100 * share)
+    if 0 <= percent <= 100:
+        cause = f"{percent}% of the {change} comes from the weights, {100 - percent}% from saturation"
+    elif percent > 100:
         cause = f"the {change} comes from the weights, and saturation takes part of it away"
     else:
         cause = f"the {change} comes from saturation, which the weights work against"
@@ -244,8 +245,8 @@ def _vanishing(c: Chain) -> Symptom:
     if c.weight_share >= 0.5 and c.gain < 1:
         arrives = c.saturation**c.needed
         advice.append(
-            "orthogonal init of W_hh (identity for ReLU): with a weight factor of 1, and if saturation stayed, one "
-            f"step back would keep {c.saturation:.3g} and {_number(arrives)} would arrive at lag {c.needed}"
+            "orthogonal init of W_hh (identity for ReLU): with a weight factor of 1, if saturation stays as it is, "
+            f"one step back would keep {c.saturation:.3g} and {_number(arrives)} would arrive at lag {c.needed}"
         )
         if arrives < 1e-3:
             advice.append("that is not enough here: layer norm against the saturation, or gated cells")
