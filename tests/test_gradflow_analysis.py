@@ -456,6 +456,20 @@ def test_penalty_of_vanished_and_absent_rows_is_a_number() -> None:
     assert omega_penalty(rnn, h_n.sum(), output, h_n).item() == 0
 
 
+def test_penalty_under_autocast() -> None:
+    """Half precision goes into the chain alone: the value is the record's, which has float64 squares."""
+    rnn = rnnkern.RNN(3, 16)
+    flow = rnnkern.watch(rnn)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, h_n = rnn(torch.randn(12, 4, 3))
+        loss = output.float().square().mean()
+        penalty = omega_penalty(rnn, loss, output, h_n)
+    assert output.dtype == torch.bfloat16 and penalty.dtype == torch.float32
+    (loss + penalty).backward()
+    assert penalty.item() == pytest.approx(read(flow).omega.item(), rel=2**-8)  # δ is rounded to bfloat16
+    assert rnn.weight_hh_l0.grad.dtype == torch.float32
+
+
 def test_penalty_errors() -> None:
     rnn, x = rnnkern.RNN(3, 4), torch.randn(5, 2, 3)
     output, h_n = rnn(x)

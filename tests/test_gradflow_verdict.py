@@ -233,6 +233,7 @@ def test_lower_layers_under_a_loss_at_the_end() -> None:
     rnn(torch.zeros(60, 2, 3))[0][-1].sum().backward()
     verdict = read(flow).verdict()
     assert [s.where for s in verdict.symptoms if s.name == "vanishing"] == ["rnn l0", "rnn l1"]
+    assert [("through the last layer alone" in line) for line in verdict.sentences] == [True, False]
     both = rnnkern.RNN(3, 16, 2, bidirectional=True)
     flow.close()
     flow = rnnkern.watch(both)

@@ -4,7 +4,7 @@ from rnnkern.gradflow.direct import OutputGradient
 from rnnkern.gradflow.flow import Flow, watch
 from rnnkern.gradflow.penalty import omega_penalty
 from rnnkern.gradflow.record import ModuleRecord, Record
-from rnnkern.gradflow.saturation import Saturation, saturation
+from rnnkern.gradflow.states import Saturation, saturation
 from rnnkern.gradflow.verdict import Symptom, Verdict
 
 __all__ = [

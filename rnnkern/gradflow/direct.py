@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern.gradflow.analysis import Floats, Ints
+from rnnkern.gradflow.analysis import ROUNDING, Floats, Ints
 from rnnkern.modules import RNN
 from rnnkern.padding import checked
 
@@ -60,8 +60,7 @@ class OutputGradient:
             T, B = (B, T) if self._batch_first else (T, B)
             self._lengths = torch.full((B,), T) if lengths is None else checked(lengths, T, B, rnn.allow_empty)
             self._T = T
-        #: what rounding does to a gradient: kernels carry half precision in float32
-        self.rounding = float(torch.finfo(torch.float64 if rows.dtype == torch.float64 else torch.float32).eps)
+        self.rounding = ROUNDING if rows.dtype != torch.float64 else float(torch.finfo(torch.float64).eps)
         self._squares: Tensor | None = None
         rows.register_hook(self._receive)
 

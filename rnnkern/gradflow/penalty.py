@@ -71,14 +71,15 @@ def omega_penalty(
     if rnn.layer_norm == "preactivation" or (rnn.recurrent_dropout > 0 and rnn.training):
         raise ValueError("rnn must have neither layer_norm='preactivation' nor recurrent_dropout: Ω is of D W_hh alone")
     rows, batch_sizes, e, grad_hn = _at_the_output(rnn, loss, output, h_n, lengths)
-    total = rows.new_zeros(())
+    total = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
     for direction, names in enumerate(rnn._all_weights):
         w_hh = getattr(rnn, names[1])
         part = slice(direction * rnn.hidden_size, (direction + 1) * rnn.hidden_size)
         grad = None if grad_hn is None else grad_hn[direction]
         chain = (e[..., part].contiguous(), grad, rows[..., part].contiguous(), w_hh.detach(), batch_sizes)
         u, samples = _unit_deltas(rnn, *chain, reverse=direction == 1, bound=bound)
-        q = torch.linalg.vector_norm(u @ w_hh.to(u.dtype), dim=-1)
+        with torch.autocast(u.device.type, enabled=False):  # q - 1 would lose its digits
+            q = torch.linalg.vector_norm(u @ w_hh.to(u.dtype), dim=-1)
         terms = (q - 1).square() if variant == "paper" else (q.square() - 1).square()
         total = total + terms.sum() / max(1, samples if variant == "paper" else len(u))
     return total

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rnnkern.gradflow import table
-from rnnkern.gradflow.analysis import Analysis, reordered
+from rnnkern.gradflow.analysis import ROUNDING, Analysis, reordered
 from rnnkern.gradflow.analysis import Floats as Floats
 from rnnkern.gradflow.analysis import Ints as Ints
 from rnnkern.gradflow.analysis import Order as Order
@@ -52,7 +52,7 @@ class ModuleRecord(Analysis):
             from later steps, ‖r_t‖²; and ‖δ_t‖², δ_t = g_t ⊙ f'(h_t). 0 where a sample has no step.
         lengths: (B,) steps of each sample.
         direct_squares: ‖e_t‖² (layers, directions, T, B) in input order where it was measured, NaN elsewhere.
-        rounding: relative error of an element of g, for what is a difference of norms.
+        rounding: relative error of ‖g‖², for what is a difference of squares.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ModuleRecord(Analysis):
     order: Order = "processing"
     per_sample: bool = False
     direct_squares: Floats | None = None
-    rounding: float = float(np.finfo(np.float32).eps)
+    rounding: float = ROUNDING
 
     @property
     def samples(self) -> int:

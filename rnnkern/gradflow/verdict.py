@@ -109,6 +109,7 @@ class Chain:
     needs: int | None
     entering: int  # rows at which gradient enters that is not a sample's last
     is_reach: bool  # whether the horizon says how far back the loss reaches
+    is_lower: bool  # it does because of what the last layer gets
     horizon: float
     norms: np.ndarray  # (T,) by lag
     gain: float
@@ -135,7 +136,7 @@ class Chain:
         at = layer, direction
         directions = record.squares.shape[2]
         # What reaches a lower layer of one direction at all comes from the loss at the end of the last one.
-        is_reach = record.loss_at_end[at] or (directions == 1 and record.loss_at_end[-1, 0])
+        is_lower = directions == 1 and bool(record.loss_at_end[-1, 0]) and not record.loss_at_end[at]
         (total, _, recurrent), exists = record._steps_back
         stops = exists[at] & (recurrent[at] == 0) & (total[at] > 0) & np.isfinite(total[at])
         direct = record._direct_squares[at]
@@ -146,7 +147,8 @@ class Chain:
             longest=max(0, int(record.lengths.max(initial=0)) - 1),
             needs=needs,
             entering=int((record._is_there & ~record._is_last[direction] & (direct != 0)).sum()),
-            is_reach=bool(is_reach),
+            is_reach=bool(record.loss_at_end[at]) or is_lower,
+            is_lower=is_lower,
             horizon=float(record.horizon[at]),
             norms=record.rms_by_lag[at],
             gain=float(record.mean_gain[at]),
@@ -201,7 +203,9 @@ def _reach(c: Chain) -> str:
     asked = f"the loss needs {c.needs}" if c.needs is not None else f"there are {c.longest}"
     missing = f", more than the {c.longest} that there are" if c.needs is not None and c.needs > c.longest else ""
     steps = f"{horizon} step" + ("" if horizon == 1 else "s")
-    return f"learns {steps} back; {asked}{missing}. At lag {c.needed} {_number(left)} of the gradient's norm is left."
+    through = ", where the loss sees it through the last layer alone" if c.is_lower else ""
+    reach = f"learns {steps} back{through}; {asked}{missing}."
+    return f"{reach} At lag {c.needed} {_number(left)} of the gradient's norm is left."
 
 
 def _one_step_back(c: Chain) -> str:
