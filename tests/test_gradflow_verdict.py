@@ -9,7 +9,7 @@ from gradflow_helpers import chain, read
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern.gradflow import OutputGradient, Record, Symptom, Verdict
+from rnnkern.gradflow import ModuleRecord, OutputGradient, Record, Symptom, Verdict
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -212,6 +212,33 @@ def test_a_loss_at_every_step_has_no_horizon() -> None:
     share, cosine = np.nanmedian(rec.direct_share[0, 0, :-1]), np.nanmedian(rec.cosine)
     assert f"are as {100 * share:.0f} : {100 - 100 * share:.0f}; the median" in measured.sentences[0]
     assert f"cosine between them is {cosine:+.2f}." in measured.sentences[0]
+
+
+def test_explosion_under_a_loss_at_every_step() -> None:
+    rnn = chain(1.5)
+    flow = rnnkern.watch(rnn)
+    rnn(zeros(40))[0].sum().backward()
+    assert only(read(flow).verdict(), "exploding").figures["gain"] > 1.4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", range(40))
+def test_any_record_has_a_verdict(seed: int) -> None:
+    """Zeros, inf, NaN and absent steps in any place: numbers or NaN, words, and no warning."""
+    rng = np.random.default_rng(seed)
+    L, D, T, B = rng.integers(1, [4, 3, 9, 5])
+    squares = 10.0 ** rng.uniform(-30, 30, (3, L, D, T, B))
+    for value in (0.0, np.inf, np.nan):
+        squares[rng.random(squares.shape) < rng.choice([0, 0.2])] = value
+    lengths = rng.integers(0, T + 1, B)
+    squares = np.where(np.arange(T)[:, None] < lengths, squares, 0)
+    for per_sample in (False, True):
+        rec = ModuleRecord("rnn", squares, lengths, per_sample=per_sample)
+        for name in ("gain", "saturation_factor", "weight_factor", "direct", "recurrent", "direct_share", "cosine"):
+            assert getattr(rec, name).shape == (L, D, T, *([B] if per_sample else [])), name
+        for name in ("mean_gain", "weight_share", "omega", "first_zero", "first_nonfinite", "loss_at_end"):
+            assert getattr(rec, name).shape == (L, D, *([B] if per_sample else [])), name
+        assert len(rec.verdict().sentences) >= L * D
 
 
 def test_growth_of_the_losses_weights_is_no_explosion() -> None:
