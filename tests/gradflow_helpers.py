@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -29,15 +30,30 @@ def everywhere(outputs: Sequence[Tensor], h_n: Sequence[Tensor]) -> Tensor:
 LOSSES = pytest.mark.parametrize("loss", [at_the_end, everywhere])
 
 
+class Parts(NamedTuple):
+    """Of ∂L/∂h_t, (layers, directions, T, B) in input order each; 0 where there is no step, or no cosine."""
+
+    norm: np.ndarray
+    recurrent: np.ndarray  # at the last step ‖∂L/∂h_n‖
+    delta: np.ndarray
+    direct: np.ndarray
+    cosine: np.ndarray
+
+
 def truth(rnn: rnnkern.RNN, samples: Sequence[Tensor], loss: Loss) -> np.ndarray:
     """‖∂L/∂h_t‖ (layers, directions, T, B) in float64 and input order, one cell at a time; 0 where there is no step.
 
     ``samples`` are (length, I) each.
     """
+    return true_parts(rnn, samples, loss).norm
+
+
+def true_parts(rnn: rnnkern.RNN, samples: Sequence[Tensor], loss: Loss) -> Parts:
+    """Norms of g_t, r_t, δ_t and e_t and the cosine of e_t and r_t, as ``truth``."""
     L, D = rnn.num_layers, 2 if rnn.bidirectional else 1
     weights = {name: p.detach().double().cpu() for name, p in rnn.named_parameters()}
     f = torch.tanh if rnn.nonlinearity == "tanh" else torch.relu
-    states: dict[tuple[int, int, int, int], Tensor] = {}
+    states: dict[tuple[int, int, int, int], tuple[Tensor, ...]] = {}
     outputs, finals = [], []
     for b, sample in enumerate(samples):
         x, last = list(sample.detach().double().cpu()), []
@@ -50,19 +66,25 @@ def truth(rnn: rnnkern.RNN, samples: Sequence[Tensor], loss: Loss) -> np.ndarray
                     a = weights["weight_ih" + end] @ x[t] + weights["weight_hh" + end] @ h
                     if rnn.bias:
                         a = a + weights["bias_ih" + end] + weights["bias_hh" + end]
-                    h = f(a).requires_grad_()
-                    h.retain_grad()
-                    states[layer, d, t, b] = h
-                    y[t].append(h)
+                    a.requires_grad_()
+                    total = f(a)
+                    own, h = total.clone(), total.clone()
+                    states[layer, d, t, b] = total, h, a, own
+                    for part in states[layer, d, t, b]:
+                        part.retain_grad()
+                    y[t].append(own)
                 last.append(h)
             x = [torch.cat(step) for step in y]
         outputs.append(torch.stack(x))
         finals.append(torch.stack(last))
     loss(outputs, finals).backward()
-    norms = np.zeros((L, D, max(map(len, samples)), len(samples)))
-    for index, h in states.items():
-        norms[index] = 0 if h.grad is None else h.grad.norm().item()
-    return norms
+    parts = np.zeros((5, L, D, max(map(len, samples)), len(samples)))
+    for index, kinds in states.items():
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in kinds]
+        product = grads[1].norm() * grads[3].norm()
+        cosine = (grads[1] @ grads[3]) / product if product > 0 else product
+        parts[(slice(None), *index)] = [*(g.norm().item() for g in grads), cosine.item()]
+    return Parts(*parts)
 
 
 def dense_loss(rnn: rnnkern.RNN, x: Tensor, loss: Loss) -> Tensor:

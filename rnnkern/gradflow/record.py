@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rnnkern.gradflow import table
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Order = Literal["processing", "input", "lag"]
+from rnnkern.gradflow.analysis import ROUNDING, Analysis, reordered
+from rnnkern.gradflow.analysis import Floats as Floats
+from rnnkern.gradflow.analysis import Ints as Ints
+from rnnkern.gradflow.analysis import Order as Order
+from rnnkern.gradflow.direct import OutputGradient
+from rnnkern.gradflow.verdict import Verdict, judge
 
 #: The signal at a step counts as arrived while it is at least this share of that at the last step.
 HORIZON_EPS = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ModuleRecord:
+class ModuleRecord(Analysis):
     """‖∂L/∂h_t‖ of one RNN in one step of training.
 
     G_t is the norm over the batch, sqrt(Σ_b ‖g_t‖²), where g_t = ∂L/∂h_t is the total gradient at h_t, from its own
@@ -49,6 +51,8 @@ class ModuleRecord:
         squares: (3, layers, directions, T, B) in input order, whatever ``order`` is: ‖g_t‖²; the part of it that came
             from later steps, ‖r_t‖²; and ‖δ_t‖², δ_t = g_t ⊙ f'(h_t). 0 where a sample has no step.
         lengths: (B,) steps of each sample.
+        direct_squares: ‖e_t‖² (layers, directions, T, B) in input order where it was measured, NaN elsewhere.
+        rounding: relative error of ‖g‖², for what is a difference of squares.
     """
 
     name: str
@@ -56,6 +60,8 @@ class ModuleRecord:
     lengths: Ints
     order: Order = "processing"
     per_sample: bool = False
+    direct_squares: Floats | None = None
+    rounding: float = ROUNDING
 
     @property
     def samples(self) -> int:
@@ -66,7 +72,7 @@ class ModuleRecord:
     def norm(self) -> Floats:
         """G (layers, directions, T), or with ``per_sample`` ‖g_t‖ (layers, directions, T, B)."""
         squares = self._squares_in(self.order)
-        return np.sqrt(np.where(self._exists, squares, np.nan) if self.per_sample else squares.sum(-1))
+        return np.sqrt(np.where(self._is_there, squares, np.nan) if self.per_sample else squares.sum(-1))
 
     @cached_property
     def log10_norm(self) -> Floats:
@@ -139,43 +145,66 @@ class ModuleRecord:
         """Root mean square of ‖g‖ over the samples that have the lag, (layers, directions, T): index is the lag."""
         squares = self._squares_in("lag")
         if self.per_sample:
-            return np.sqrt(np.where(self._exists, squares, np.nan))
-        return np.sqrt(squares.sum(-1) / np.maximum(self._exists.sum(-1), 1))
-
-    @property
-    def _exists(self) -> NDArray[np.bool_]:
-        """(T, B), the same in every order: each of them begins where all samples have a step."""
-        return np.arange(self.squares.shape[3])[:, None] < self.lengths
+            return np.sqrt(np.where(self._is_there, squares, np.nan))
+        return np.sqrt(squares.sum(-1) / np.maximum(self._is_there.sum(-1), 1))
 
     def _squares_in(self, order: Order) -> Floats:
         """‖g‖² (layers, directions, T, B) with the T axis in that order."""
-        squares = self.squares[0]
-        reversed_direction = {"processing": 1, "input": None, "lag": 0}[order]
-        if reversed_direction is None or reversed_direction >= squares.shape[1]:
-            return squares
-        T = squares.shape[2]
-        index = np.where(self._exists, self.lengths - 1 - np.arange(T)[:, None], np.arange(T)[:, None])
-        squares = squares.copy()
-        squares[:, reversed_direction] = np.take_along_axis(squares[:, reversed_direction], index[None], 1)
-        return squares
+        return reordered(self.squares[0], self.lengths, order)
 
     def _over_batch(self, squares: Floats) -> Floats:
         return squares if self.per_sample else squares.sum(-1)
 
     def _count(self, rows: NDArray[np.bool_]) -> Ints:
-        return (rows & self._exists).sum(2 if self.per_sample else (2, 3), dtype=np.int64)
+        return (rows & self._is_there).sum(2 if self.per_sample else (2, 3), dtype=np.int64)
+
+    def with_direct(self, *gradients: OutputGradient) -> ModuleRecord:
+        """This record with the direct part of the last layer as it was measured at the output of each forward.
+
+        Args:
+            gradients: one for each forward of the step, in the order of the forwards.
+
+        Raises:
+            ValueError: they do not have the layers, directions, samples or lengths of the record.
+        """
+        L, D, T = self.squares.shape[1:4]
+        parts = [g.squares() for g in gradients]
+        lengths = np.concatenate([g.lengths for g in gradients]) if gradients else np.zeros(0, np.int64)
+        fits = all(p.shape[:2] == (L, D) and p.shape[2] <= T for p in parts)
+        if not fits or not np.array_equal(lengths, self.lengths):
+            raise ValueError(
+                f"gradients must be of the forwards of {self.name!r} in this step, with {L} layers, {D} directions and "
+                f"lengths {self.lengths.tolist()}; got lengths {lengths.tolist()}"
+            )
+        padded = [np.pad(p, ((0, 0), (0, 0), (0, T - p.shape[2]), (0, 0))) for p in parts]
+        rounding = max(g.rounding for g in gradients)
+        return dataclasses.replace(self, direct_squares=np.concatenate(padded, 3), rounding=rounding)
+
+    def verdict(self, needs: int | None = None) -> Verdict:
+        """What the record says in plain words, with the symptoms that its figures show and what helps against them.
+
+        Args:
+            needs: how many steps back the task asks for. None takes all there are, T-1.
+
+        Raises:
+            ValueError: needs is not a positive int.
+        """
+        return judge([dataclasses.replace(self, per_sample=False, order="lag")], needs)
 
     def __repr__(self) -> str:
         return "\n".join([table.HEADER, *table.rows(dataclasses.replace(self, per_sample=False))])
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.verdict()}"
 
 
 class Record:
     """What one step of a watched model has recorded: a :class:`ModuleRecord` for each RNN that has statistics.
 
     ``rec["encoder.rnn"]`` is a module's record. Where only one RNN is watched, everything of its record is also an
-    attribute here: ``rec.log10_norm``. ``print(rec)`` shows a table; its curves run from the first step in processing
-    order to the last, on one logarithmic scale, with ``·`` where the gradient is exactly 0 and ``!`` where it is not
-    finite.
+    attribute here: ``rec.log10_norm``. ``print(rec)`` shows a table and a verdict; its curves run from the first step
+    in processing order to the last, on one logarithmic scale, with ``·`` where the gradient is exactly 0 and ``!``
+    where it is not finite.
 
     Attributes:
         step: the number of the step, counted from when the watching began.
@@ -209,6 +238,13 @@ class Record:
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *(_DELEGATED if len(self._watched) == 1 else ())]
 
+    def verdict(self, needs: int | None = None) -> Verdict:
+        """As :meth:`ModuleRecord.verdict`, of all modules."""
+        return judge([dataclasses.replace(r, per_sample=False, order="lag") for r in self._records.values()], needs)
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.verdict()}"
+
     def __repr__(self) -> str:
         lines = [f"step {self.step}", table.HEADER]
         for record in self._records.values():
@@ -219,7 +255,7 @@ class Record:
 
 _DELEGATED = frozenset(
     [
-        *(name for name in vars(ModuleRecord) if not name.startswith("_")),
+        *(name for of in (ModuleRecord, Analysis) for name in vars(of) if not name.startswith("_")),
         *(field.name for field in dataclasses.fields(ModuleRecord)),
     ]
 )
