@@ -24,7 +24,7 @@ GRAD_W_IH, GRAD_W_HH = (H, I), (H, H)
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
-pytestmark = pytest.mark.usefixtures("cpu_library")
+pytestmark = [pytest.mark.usefixtures("cpu_library"), pytest.mark.everywhere]
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,8 @@ def made(kind: type[nn.RNNBase] = rnnkern.RNN, **options: Any) -> nn.RNNBase:
 
 
 def batch(step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(T, B, I, dtype=dtype, generator=torch.Generator().manual_seed(step))
+    numbers = torch.randn(T, B, I, dtype=dtype, device="cpu", generator=torch.Generator("cpu").manual_seed(step))
+    return numbers.to(torch.get_default_device())
 
 
 def loss_of(module: nn.Module, step: int = 0) -> Tensor:
@@ -45,6 +46,7 @@ def trained(module: nn.Module, update: Callable[[], object], steps: int = 5) -> 
     return list(module.parameters())
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("how", ["foreach", "fused", "loop"])
 @pytest.mark.parametrize("to_none", [True, False], ids=["none", "zeros"])
@@ -70,6 +72,7 @@ def test_optimizer(optimizer: type[torch.optim.Optimizer], how: str, to_none: bo
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("foreach", [False, True])
 def test_clipping(foreach: bool) -> None:
     """The norm over all parameters is nn.RNN's, and after clipping it is the bound."""
@@ -85,6 +88,7 @@ def test_clipping(foreach: bool) -> None:
     torch.testing.assert_close(*norms)
 
 
+@pytest.mark.everywhere
 def test_step_in_backward() -> None:
     """Hooks that update a parameter as soon as its gradient is there, and free that: the training is the same."""
     plain = made()
@@ -107,6 +111,7 @@ def test_step_in_backward() -> None:
     assert all(p.grad is None for p in hooked.parameters())
 
 
+@pytest.mark.everywhere
 def test_hooks() -> None:
     """Those on parameters change the gradient; those on the module see each call and its gradients."""
     module, x = made(), batch().requires_grad_()
@@ -124,6 +129,7 @@ def test_hooks() -> None:
     assert same_bits([p.grad for p in module.parameters()], expected.values())
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_average(use_buffers: bool) -> None:
     """An exponential moving average: a module of its own, with the averaged weights, which nn.RNN's are too."""
@@ -181,6 +187,7 @@ def test_parameters_in_one_vector(offset: int) -> None:
     assert not module(batch(dtype=torch.float32))[0].any()
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtype_of_the_module(dtype: torch.dtype) -> None:
     """After .to, .half and the like the module is one of that dtype, and an optimizer made before still trains it."""

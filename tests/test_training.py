@@ -26,6 +26,8 @@ from rnnkern.backends import Backend
 
 I, H, T, B = 5, 13, 6, 4
 
+pytestmark = pytest.mark.everywhere
+
 autocast_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -49,9 +51,15 @@ class Model(nn.Module):
         return self.head(torch.cat([h_n[-2], h_n[-1]], -1))
 
 
+def drawn(seed: int, *size: int) -> Tensor:
+    """The same numbers on every device."""
+    numbers = torch.randn(size, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
+    return numbers.to(torch.get_default_device())
+
+
 def random_input(packed: bool = False) -> Any:
-    x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(1))
-    return pack_padded_sequence(x, torch.tensor([2, 6, 1, 6]), enforce_sorted=False) if packed else x
+    x = drawn(1, T, B, I)
+    return pack_padded_sequence(x, torch.tensor([2, 6, 1, 6], device="cpu"), enforce_sorted=False) if packed else x
 
 
 def as_dtype(x: Any, dtype: torch.dtype) -> Any:
@@ -83,11 +91,11 @@ def train_with_scaler(model: nn.Module, dtype: torch.dtype, packed: bool) -> tup
     exact = dtype == torch.float64
     model.to(torch.float64 if exact else torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**10, growth_interval=3)
     x, losses, scales = as_dtype(random_input(packed), next(model.parameters()).dtype), [], []
-    hx = torch.randn(4, B, H, generator=torch.Generator().manual_seed(2)).to(next(model.parameters()))
+    hx = drawn(2, 4, B, H).to(next(model.parameters()))
     for step in range(7):
-        with torch.autocast("cpu", dtype) if not exact else contextlib.nullcontext():
+        with torch.autocast(torch.get_default_device().type, dtype) if not exact else contextlib.nullcontext():
             logits = model(x, hx)
             loss = nn.functional.cross_entropy(logits.to(hx.dtype), torch.tensor([0, 1, 1, 0]))
         before = [p.detach().clone() for p in model.parameters()]
@@ -125,10 +133,10 @@ def test_norms_carry_the_scale(dtype: torch.dtype) -> None:
     belongs to it."""
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**7)
 
     def backward(scale: Callable[[Tensor], Tensor]) -> None:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             loss = 64 * model(random_input()).square().sum()
         scale(loss).backward()
 
@@ -161,7 +169,7 @@ def test_cell_under_autocast(dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         cells.append(kind(I, H))
     x, hx = torch.randn(B, I), torch.randn(B, H)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         outputs = [cell(x, hx) for cell in cells]
     assert outputs[0].dtype == outputs[1].dtype == dtype and same_bits(outputs[:1], outputs[1:])
     outputs[0].float().sum().backward()
