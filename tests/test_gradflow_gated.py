@@ -588,6 +588,53 @@ def test_compile_breaks_the_graph_and_records() -> None:
         np.testing.assert_allclose(rec[name].norm, read(flow)[name].norm, rtol=1e-4)
 
 
+def test_one_graph_where_it_is_not_sampled() -> None:
+    cell, x = nn.GRUCell(I, H), torch.randn(2, I)
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.0)
+    compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
+    with rnnkern.watch(cell, every=lambda step: step == 2) as flow:
+        for _ in range(2):
+            compiled(x).sum().backward()
+            optimizer.step()
+        assert flow.steps == 2
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"rnnkern\.watch records this module by a Python loop"):
+            compiled(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about tracing
+def test_what_traces_sees_the_operator() -> None:
+    gru, x = nn.GRU(I, H), torch.randn(4, 2, I)
+    with rnnkern.watch(gru):
+        assert "aten::gru" in str(torch.jit.trace(gru, (x,)).inlined_graph)
+        nodes = torch.export.export(gru, (x,)).graph.nodes
+        assert any(node.target is torch.ops.aten.gru.input for node in nodes)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_torch_func_and_second_derivatives(kind: str) -> None:
+    module, x = made(kind), torch.randn(4, 2, I, dtype=F64, requires_grad=True)
+    doubled = {name: (2 * p).detach() for name, p in module.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x.detach(),))[0].sum()
+
+    own = torch.func.grad(loss)(doubled)
+    with rnnkern.watch(module) as flow:
+        watched = torch.func.grad(loss)(doubled)
+        assert flow.read() is None
+        loss({name: p.requires_grad_() for name, p in doubled.items()}).backward()
+        squares = read(flow).squares
+        assert torch.autograd.gradgradcheck(lambda x: module(x)[0].sin(), x)
+    for name, grad in own.items():
+        torch.testing.assert_close(watched[name], grad)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(2)
+    with rnnkern.watch(module) as flow:
+        module(x)[0].sum().backward()
+    np.testing.assert_allclose(read(flow).squares, squares, rtol=1e-12)
+
+
 def test_one_log_line_a_module(caplog: pytest.LogCaptureFixture) -> None:
     model, x = Model(), torch.randn(4, 2, I)
     with caplog.at_level(logging.INFO, "rnnkern"), rnnkern.watch(model):
