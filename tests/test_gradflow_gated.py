@@ -530,6 +530,39 @@ def test_its_errors_are_its_own() -> None:
             assert messages[0] == messages[1]
 
 
+def test_a_cells_errors_are_its_own() -> None:
+    for kind, make in CELLS.items():
+        cell = make(I, H)
+        for x, h in (
+            (torch.randn(2, I + 1), torch.randn(2, H)),
+            (torch.randn(2, I), torch.randn(1, H)),
+            (torch.randn(2, I), torch.randn(2, H + 1)),
+            (torch.randn(2, I), torch.randn(H)),
+            (torch.randn(2, I), torch.randn(2, H, dtype=F64)),
+            (torch.randn(2, I, dtype=F64), torch.randn(2, H)),
+            (torch.randn(2, 2, I), torch.randn(2, H)),
+        ):
+            messages = []
+            for watched in (False, True):
+                flow = rnnkern.watch(cell) if watched else None
+                with pytest.raises((RuntimeError, ValueError, IndexError)) as error:
+                    cell(x, (h, h) if kind == "lstm" else h)
+                messages.append((error.type, str(error.value)))
+                if flow is not None:
+                    flow.close()
+            assert messages[0] == messages[1]
+
+
+def test_convert_leaves_a_watched_module_alone() -> None:
+    model, x = nn.ModuleDict({"rnn": nn.RNN(I, H)}), torch.randn(4, 2, I)
+    with rnnkern.watch(model) as flow:
+        with pytest.warns(UserWarning, match="rnn .its forward was replaced on the instance: convert before that"):
+            rnnkern.convert(model)
+        model["rnn"](x)[0].sum().backward()
+        assert read(flow)["rnn"].samples == 2
+    assert isinstance(rnnkern.convert(model)["rnn"], rnnkern.RNN)
+
+
 def test_frozen_layers_stay_frozen() -> None:
     for rnn, run in ((nn.LSTM(I, H), lambda m, x: m(x)[0]), (nn.LSTMCell(I, H), lambda m, x: loop(m, x)[0])):
         rnn.requires_grad_(False)
@@ -568,6 +601,17 @@ def test_accumulation_and_truncated_bptt() -> None:
             state = tuple(s.detach() for s in state)
             output.sum().backward()
         assert read(flow).norm.shape == (1, 1, 8)
+        squares = read(flow).squares
+    cell = nn.LSTMCell(I, H, dtype=F64)
+    cell.load_state_dict({name.removesuffix("_l0"): p for name, p in lstm.named_parameters()})
+    with rnnkern.watch(cell) as flow, flow.sequence() as next_chunk:
+        state = None
+        for chunk in x.chunk(2):
+            next_chunk()
+            output, state = loop(cell, chunk, state)
+            state = tuple(s.detach() for s in state)
+            output.sum().backward()
+        np.testing.assert_allclose(read(flow).squares, squares, rtol=1e-10)
 
 
 def test_compile_breaks_the_graph_and_records() -> None:

@@ -217,10 +217,14 @@ class InPlaceOfOperator(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         result = None
-        if name in OPERATORS and any(x is getattr(self.watched.module, "_flat_weights", None) for x in args):
-            result = self._sequence(name, args)
-        elif name in CELL_OPERATORS and isinstance(self.watched.module, CELLS):
-            result = self._cell(name.removesuffix("_cell"), args)
+        try:
+            if name in OPERATORS and any(x is getattr(self.watched.module, "_flat_weights", None) for x in args):
+                result = self._sequence(name, args)
+            elif name in CELL_OPERATORS and isinstance(self.watched.module, CELLS):
+                result = self._cell(name.removesuffix("_cell"), args)
+        except RuntimeError:
+            func(*args, **(kwargs or {}))  # what it says of its arguments is what the module says
+            raise
         return func(*args, **(kwargs or {})) if result is None else result
 
     def _sequence(self, kind: str, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
@@ -246,6 +250,8 @@ class InPlaceOfOperator(TorchFunctionMode):
         h, c = state if kind == "lstm" else (state, None)
         if recorder is None or not requires_grad(input, h, c, w_ih, w_hh, b_ih, b_hh):
             return None
+        if h.shape != (len(input), w_hh.shape[1]) or (c is not None and c.shape != h.shape):
+            return None  # the operator says what is wrong
         chain = self.watched.continued(self.state) if self.chain is None else None
         if chain is None:
             B = h.shape[0]
