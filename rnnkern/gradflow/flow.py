@@ -10,22 +10,26 @@ from typing import get_args
 
 from torch import nn
 
+from rnnkern.gradflow import gated
 from rnnkern.gradflow.record import ModuleRecord, Order, Record
 from rnnkern.gradflow.recorder import Recorder, close_recorder, open_recorder
 from rnnkern.gradflow.taps import ModuleTaps
 from rnnkern.modules import RNN
 
 
-def watch(model: nn.Module, every: int | Callable[[int], bool] = 1) -> Flow:
-    """Record ‖∂L/∂h_t‖ of every :class:`rnnkern.RNN` in ``model`` while it trains; the training loop stays as it is.
+def watch(model: nn.Module, every: int | Callable[[int], bool] = 1, *, cell_states: bool = False) -> Flow:
+    """Record ‖∂L/∂h_t‖ of every recurrent module in ``model`` while it trains; the training loop stays as it is.
 
-    The backward kernel sums the squares while it computes the gradients, so nothing is computed twice, and the
-    outputs and gradients of the model keep their bits. Steps that are not sampled cost nothing.
+    In :class:`rnnkern.RNN` the backward kernel sums the squares while it computes the gradients, so nothing is computed
+    twice, and the outputs and gradients of the model keep their bits. nn.LSTM, nn.GRU, nn.RNN and the cells are
+    recorded too, the slow way: a step that is sampled runs them as a Python loop, equal to rounding; see
+    ``docs/gated.md``. Steps that are not sampled cost nothing.
 
     Args:
-        model: a module that contains rnnkern.RNN modules, or is one.
+        model: a module that contains recurrent modules, or is one.
         every: sample the steps whose number is a multiple of this, or for which this callable says True. It is asked
             once a step, when the step begins; steps are numbered from 0 when the watching begins.
+        cell_states: record ‖∂L/∂c_t‖ of every LSTM too, as a module of its own: ``record["lstm.c"]``.
 
     Returns:
         The :class:`Flow` to read from. It is a context manager. The watching ends with ``close()``, with the ``with``
@@ -33,8 +37,8 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1) -> Flow:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no rnnkern.RNN in it, one is already watched, or ``every`` is neither a positive int nor
-            callable.
+        ValueError: there is no recurrent module in it, one is already watched, or ``every`` is neither a positive int
+            nor callable.
 
     What is recorded is what ``backward()`` sends through the RNNs: ``torch.autograd.grad``, ``backward(inputs=...)``
     and ``torch.func.grad`` leave the taps out, and record nothing. Neither do forwards without grad mode, so an
@@ -55,24 +59,16 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1) -> Flow:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"every must be a positive int or a callable(step) -> bool, got {every!r}")
-    modules = {name or "rnn": m for name, m in model.named_modules() if isinstance(m, RNN)}
+    modules = {name or "rnn": m for name, m in model.named_modules() if isinstance(m, RNN) or gated.is_served(m)}
     if not modules:
-        raise ValueError(_nothing_to_watch(model))
+        raise ValueError(
+            f"there is no recurrent module in this {type(model).__name__}: none of rnnkern.RNN, nn.LSTM, nn.GRU, "
+            "nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell"
+        )
     for name, module in modules.items():
-        if module.tap is not None:
+        if gated.is_watched(module) if not isinstance(module, RNN) else module.tap is not None:
             raise ValueError(f"{name!r} is already watched: close() the earlier Flow first")
-    return Flow(model, modules, every)
-
-
-def _nothing_to_watch(model: nn.Module) -> str:
-    others = [name or "the model" for name, m in model.named_modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
-    if not others:
-        return f"there is no rnnkern.RNN in this {type(model).__name__}"
-    return (
-        f"there is no rnnkern.RNN in this {type(model).__name__}; recurrent modules of other classes "
-        f"({', '.join(others)}) cannot be watched yet. rnnkern.RNN takes the place of torch.nn.RNN: "
-        "same arguments, same state_dict"
-    )
+    return Flow(model, modules, every, cell_states)
 
 
 class Flow:
@@ -91,11 +87,21 @@ class Flow:
     whose statistics reach 1 GiB records no further forwards, and warns: most likely nobody has told it of its end.
     """
 
-    def __init__(self, model: nn.Module, modules: dict[str, RNN], every: int | Callable[[int], bool]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: dict[str, nn.Module], every: int | Callable[[int], bool], cell_states: bool
+    ) -> None:
         self._every = every
-        self._recorder = Recorder(model, {name: _shape(module) for name, module in modules.items()}, every)
+        shapes: dict[str, tuple[int, int]] = {}
         for name, module in modules.items():
-            module.tap = ModuleTaps(self._recorder, name, module._weights()[0][1].device)
+            shapes[name] = _shape(module)
+            if cell_states and gated.has_cell_state(module):
+                shapes[f"{name}.c"] = _shape(module)
+        self._recorder = Recorder(model, shapes, every)
+        for name, module in modules.items():
+            if isinstance(module, RNN):
+                module.tap = ModuleTaps(self._recorder, name, module._weights()[0][1].device)
+            else:
+                gated.attach(module, self._recorder, name, f"{name}.c" if f"{name}.c" in shapes else None)
         open_recorder(self._recorder)
         # The modules hold the recorder, not this Flow: a Flow that nobody holds is closed.
         self._finalizer = weakref.finalize(self, _release, self._recorder, [weakref.ref(m) for m in modules.values()])
@@ -178,13 +184,16 @@ class Flow:
         return f"<rnnkern Flow of {', '.join(self.modules)}: every {self._every}, {state}>"
 
 
-def _shape(module: RNN) -> tuple[int, int]:
-    return module.num_layers, 2 if module.bidirectional else 1
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Layers and directions."""
+    return (module.num_layers, 2 if module.bidirectional else 1) if isinstance(module, nn.RNNBase) else (1, 1)
 
 
-def _release(recorder: Recorder, modules: Sequence[weakref.ref[RNN]]) -> None:
+def _release(recorder: Recorder, modules: Sequence[weakref.ref[nn.Module]]) -> None:
     close_recorder(recorder)
     for ref in modules:
         module = ref()
-        if module is not None:
+        if isinstance(module, RNN):
             module.__dict__.pop("tap", None)
+        elif module is not None:
+            gated.detach(module)

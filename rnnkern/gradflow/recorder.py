@@ -78,6 +78,20 @@ class Step:
         forward.stats[layer, direction] = stats if earlier is None else earlier + stats
         self.on_host = None
 
+    def receive_at(self, forward: Forward, t: int, stats: Tensor) -> None:
+        """Statistics (3, B) of one time step of a forward that grows step by step; later squares add."""
+        whole = forward.stats.get((0, 0))
+        if whole is None or whole.shape[1] <= t:
+            grown = stats.new_zeros(3, forward.T, forward.B)
+            if whole is None:
+                self.received.append(forward)
+            else:
+                grown[:, : whole.shape[1]] = whole
+            self.bytes += grown.nbytes - (0 if whole is None else whole.nbytes)
+            forward.stats[0, 0] = whole = grown
+        whole[:, t] += stats
+        self.on_host = None
+
     def squares(self, modules: dict[str, tuple[int, int]]) -> dict[str, Squares]:
         """The statistics of each module that has some; waits for the device."""
         if self.on_host is None:
@@ -101,7 +115,7 @@ def _joined(forwards: list[Forward], layers: int, directions: int) -> Squares:
         order = slice(None) if f.unsorted_indices is None else f.unsorted_indices.cpu().numpy()
         lengths[start:end] = f.lengths()[order]
         for (layer, direction), stats in f.stats.items():
-            squares[:, layer, direction, : f.T, start:end] = stats.cpu().numpy()[:, :, order]
+            squares[:, layer, direction, : stats.shape[1], start:end] = stats.cpu().numpy()[:, :, order]
     return _frozen(squares, lengths)
 
 
@@ -130,6 +144,7 @@ class Recorder:
 
     Attributes:
         sampled: whether the step that is open now is to be recorded.
+        step: what is open now.
         has_forward: whether a watched module has run forward in it.
         key: by which operators find it in ``recorders``.
         held: forwards of compiled graphs, by the handle that the graph has.
@@ -160,23 +175,36 @@ class Recorder:
     def _open_step(self) -> None:
         self.sampled = bool(self._is_sampled(self.index))
         self.has_forward = False
-        self._step = Step(self.index, self._chunk is not None)
+        self.step = Step(self.index, self._chunk is not None)
+
+    def wants_forward(self) -> bool:
+        """Whether a forward that begins now is to be recorded: the step that it belongs to is open from here on."""
+        if self._was_read and not self._has_stepped and self._chunk is None:
+            self._begin_next()
+        self.has_forward = True
+        return self.sampled and not self._is_full(self.step)
 
     def open_forward(
         self, module: str, T: int, B: int, batch_sizes: Tensor | None, unsorted_indices: Tensor | None
     ) -> tuple[Step, Forward] | None:
         """Note a forward of the module of that name; None where nobody wants its statistics."""
-        if self._was_read and not self._has_stepped and self._chunk is None:
-            self._begin_next()
-        self.has_forward = True
-        step = self._step
-        if not self.sampled or self._is_full(step):
+        if not self.wants_forward():
             return None
+        step = self.step
         forward = Forward(module, step.forwards, T, B, batch_sizes, unsorted_indices, self._chunk or 0)
         step.forwards += 1
         if step.is_sequence:
             step.opened.append(forward)
         return step, forward
+
+    def open_growing(self, module: str, B: int) -> Forward | None:
+        """Note a forward that comes one time step at a time: whoever takes one counts it in ``T``."""
+        opened = self.open_forward(module, 0, B, None, None)
+        return None if opened is None else opened[1]
+
+    def is_in_chunk(self, forward: Forward) -> bool:
+        """Whether what comes now belongs to the same chunk of a sequence as that forward; yes, where none is open."""
+        return forward.chunk == (self._chunk or 0)
 
     def hold(self, step: Step, forward: Forward) -> int:
         """A handle for a forward: for graphs, which carry numbers only."""
@@ -189,6 +217,14 @@ class Recorder:
     def receive(self, step: Step, forward: Forward, layer: int, direction: int, stats: Tensor) -> None:
         """Statistics (3, T, B) of one backward through that forward."""
         step.receive(forward, layer, direction, stats)
+        self._has_received(step)
+
+    def receive_at(self, step: Step, forward: Forward, t: int, stats: Tensor) -> None:
+        """Statistics (3, B) of one backward through time step t of that growing forward."""
+        step.receive_at(forward, t, stats)
+        self._has_received(step)
+
+    def _has_received(self, step: Step) -> None:
         if self._newest is None or step.index >= self._newest.index:
             self._newest = step
 
@@ -203,7 +239,7 @@ class Recorder:
         if self._chunk is not None:
             raise RuntimeError("a sequence is open already: sequences of one Flow cannot be nested")
         self._begin_next()
-        self._chunk, self._step.is_sequence = -1, True
+        self._chunk, self.step.is_sequence = -1, True
 
     def next_chunk(self) -> None:
         """Forwards that come now belong to the next chunk of the sequence."""
@@ -214,7 +250,7 @@ class Recorder:
     def end_sequence(self) -> None:
         """The sequence is over, and its step with it."""
         self._chunk = None
-        self._step.is_sequence = self.has_forward
+        self.step.is_sequence = self.has_forward
         self._has_stepped = True
         self._begin_next()
 
