@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rnnkern.gradflow import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -165,6 +168,21 @@ class ModuleRecord:
     def _count(self, rows: NDArray[np.bool_]) -> Ints:
         return (rows & self._exists).sum(2 if self.per_sample else (2, 3), dtype=np.int64)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw :attr:`log10_norm`, over the batch, against the T axis in its order: a line a layer and direction.
+
+        Crosses below mark what is exactly 0, crosses above what is not finite.
+
+        Args:
+            ax: matplotlib Axes to draw into. None makes a figure, outside of pyplot: ``.figure.savefig("curve.png")``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from rnnkern.gradflow import plots
+
+        return plots.curves([self], ax)
+
     def __repr__(self) -> str:
         return "\n".join([table.HEADER, *table.rows(dataclasses.replace(self, per_sample=False))])
 
@@ -208,6 +226,14 @@ class Record:
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *(_DELEGATED if len(self._watched) == 1 else ())]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """As :meth:`ModuleRecord.plot`, all modules in one."""
+        from rnnkern.gradflow import plots
+
+        axes = plots.curves(list(self._records.values()), ax)
+        axes.set_title(f"Gradient at each time step, training step {self.step}", loc="left")
+        return axes
 
     def __repr__(self) -> str:
         lines = [f"step {self.step}", table.HEADER]
