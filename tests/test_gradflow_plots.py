@@ -124,6 +124,15 @@ def test_all_modules_in_one() -> None:
     assert len(rec["b"].plot().lines) == 2
 
 
+def test_a_layer_has_a_colour_and_a_direction_a_style() -> None:
+    one, both = np.ones((1, 1, 4, 1)), np.ones((2, 2, 4, 1))
+    ax = plots.curves([record(one), record(both), record(np.zeros((1, 1, 4, 1)))])
+    written(ax.figure)
+    seen = [(line.get_color(), line.get_linestyle()) for line in ax.lines[:-1]]  # the last are marks
+    a, b, c, d = plots.COLOURS[:4]
+    assert seen == [(a, "-"), (b, "-"), (b, "--"), (c, "-"), (c, "--"), (d, "-")]
+
+
 # The heat map
 
 
@@ -172,6 +181,13 @@ def test_the_scale_is_fixed() -> None:
         written(figure)
         norm = figure.axes[0].images[0].norm
         assert (norm.vmin, norm.vmax) == (-12, 0)
+
+
+@pytest.mark.parametrize("columns", [[[1.0]], [[1.0], [2.0]], [[0.0]], [[np.nan, 1.0]]], ids=str)
+def test_the_smallest_pictures(columns: list[list[float]]) -> None:
+    figure = plots.heat_map(run(*columns), ["net.rnn"])
+    written(figure)
+    assert figure.axes[0].images[0].get_array().shape == (len(columns[0]), len(columns))
 
 
 def test_horizon_is_that_of_the_record() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,13 @@ def curves(records: Sequence[ModuleRecord], ax: Axes | None = None) -> Axes:
     handles: list[Line2D] = []
     labels: list[str] = []
     marks: dict[str, Line2D] = {}
+    colour = COLOURS[0]
+    colours = itertools.cycle(COLOURS)  # one for both directions of a layer
     for record in records:
         logs = dataclasses.replace(record, per_sample=False).log10_norm
         for layer, direction in np.ndindex(logs.shape[:2]):
             y = logs[layer, direction]
-            colour = COLOURS[len(handles) // logs.shape[1] % len(COLOURS)]
+            colour = colour if direction else next(colours)
             (line,) = ax.plot(
                 np.where(np.isfinite(y), y, np.nan), "--" if direction else "-", color=colour, linewidth=1.8
             )
@@ -58,7 +61,7 @@ def curves(records: Sequence[ModuleRecord], ax: Axes | None = None) -> Axes:
                 line.set_marker("o")  # a line of one point shows nothing
             handles.append(line)
             labels.append(_label(layer, direction, record.name if len(records) > 1 else None))
-            offset = 0.018 * (len(handles) - 1)  # lines that are 0 at the same steps stay apart
+            offset = 0.018 * ((len(handles) - 1) % 12)  # lines that are 0 at the same steps stay apart
             for what, rows, height in (
                 ("exactly 0", np.isneginf(y), 0.02 + offset),
                 ("not finite", np.isnan(y) | np.isposinf(y), 0.98 - offset),
@@ -71,7 +74,7 @@ def curves(records: Sequence[ModuleRecord], ax: Axes | None = None) -> Axes:
                         at, np.full(len(at), height), MARKS[what], color=colour, markersize=4, transform=bound, gid=what
                     )
     if marks:
-        ax.margins(y=0.05 + 0.018 * len(handles))
+        ax.margins(y=0.05 + 0.018 * min(len(handles), 12))
     ax.set_xlabel(AXIS[records[0].order])
     ax.set_ylabel("log10 ‖∂L/∂h‖ over the batch\n(units of the loss / units of h)")
     ax.set_title("Gradient at each time step", loc="left")
