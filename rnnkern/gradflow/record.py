@@ -127,6 +127,21 @@ class ModuleRecord:
             x = np.where(used, lags - np.where(used, lags, 0).sum(2, keepdims=True) / count, 0)
             return np.where(used, x * logs, 0).sum(2) / np.square(x).sum(2)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw :attr:`log10_norm`, over the batch, against the T axis in its order: a line a layer and direction.
+
+        Crosses below mark what is exactly 0, crosses above what is not finite.
+
+        Args:
+            ax: matplotlib Axes to draw into. None makes a figure, outside of pyplot: ``.figure.savefig("curve.png")``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from rnnkern.gradflow import plots
+
+        return plots.curves([self], ax)
+
     @property
     def zeros(self) -> Ints:
         """How many (step, sample) rows have ‖g_t‖² exactly 0: underflow, or no way from the loss to there."""
@@ -168,21 +183,6 @@ class ModuleRecord:
     def _count(self, rows: NDArray[np.bool_]) -> Ints:
         return (rows & self._exists).sum(2 if self.per_sample else (2, 3), dtype=np.int64)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw :attr:`log10_norm`, over the batch, against the T axis in its order: a line a layer and direction.
-
-        Crosses below mark what is exactly 0, crosses above what is not finite.
-
-        Args:
-            ax: matplotlib Axes to draw into. None makes a figure, outside of pyplot: ``.figure.savefig("curve.png")``.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from rnnkern.gradflow import plots
-
-        return plots.curves([self], ax)
-
     def __repr__(self) -> str:
         return "\n".join([table.HEADER, *table.rows(dataclasses.replace(self, per_sample=False))])
 
@@ -206,6 +206,14 @@ class Record:
         self._watched = tuple(watched)
         self._records = {record.name: record for record in records}
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """As :meth:`ModuleRecord.plot`, all modules in one."""
+        from rnnkern.gradflow import plots
+
+        axes = plots.curves(list(self._records.values()), ax)
+        axes.set_title(f"Gradient at each time step, training step {self.step}", loc="left")
+        return axes
+
     def __getitem__(self, name: str) -> ModuleRecord:
         if name in self._records:
             return self._records[name]
@@ -226,14 +234,6 @@ class Record:
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *(_DELEGATED if len(self._watched) == 1 else ())]
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """As :meth:`ModuleRecord.plot`, all modules in one."""
-        from rnnkern.gradflow import plots
-
-        axes = plots.curves(list(self._records.values()), ax)
-        axes.set_title(f"Gradient at each time step, training step {self.step}", loc="left")
-        return axes
 
     def __repr__(self) -> str:
         lines = [f"step {self.step}", table.HEADER]
