@@ -136,7 +136,7 @@ def test_steps_do_not_pile_up(without_gc: None) -> None:
         stats = []
         for _ in range(4):
             model(x).sum().backward()
-            stats += [weakref.ref(s) for f in flow._recorder._newest.received for s in f.stats.values()]
+            stats += [weakref.ref(s) for f in flow._recorder._kept[-1].received for s in f.stats.values()]
             flow.step()
         assert [ref() is not None for ref in stats] == [False, False, False, True]
 

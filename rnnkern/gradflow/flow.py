@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from torch import nn
 
 from rnnkern.gradflow import gated
+from rnnkern.gradflow.history import History
 from rnnkern.gradflow.record import ModuleRecord, Order, Record
 from rnnkern.gradflow.recorder import Recorder, close_recorder, open_recorder
 from rnnkern.gradflow.taps import ModuleTaps
 from rnnkern.modules import RNN
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def watch(model: nn.Module, every: int | Callable[[int], bool] = 1, *, cell_states: bool = False) -> Flow:
+
+def watch(
+    model: nn.Module, every: int | Callable[[int], bool] = 1, keep: int = 1, *, cell_states: bool = False
+) -> Flow:
     """Record ‖∂L/∂h_t‖ of every recurrent module in ``model`` while it trains; the training loop stays as it is.
 
     In :class:`rnnkern.RNN` the backward kernel sums the squares while it computes the gradients, so nothing is computed
@@ -29,6 +37,8 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1, *, cell_stat
         model: a module that contains recurrent modules, or is one.
         every: sample the steps whose number is a multiple of this, or for which this callable says True. It is asked
             once a step, when the step begins; steps are numbered from 0 when the watching begins.
+        keep: how many sampled steps stay on the device for :meth:`Flow.history`, for loops that read rarely. Of more
+            than 1 GiB the oldest go first.
         cell_states: record ‖∂L/∂c_t‖ of every LSTM too, as a module of its own: ``record["lstm.c"]``.
 
     Returns:
@@ -37,8 +47,8 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1, *, cell_stat
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: there is no recurrent module in it, one is already watched, or ``every`` is neither a positive int
-            nor callable.
+        ValueError: there is no recurrent module in it, one is already watched, ``every`` is neither a positive int
+            nor callable, or ``keep`` is not a positive int.
 
     What is recorded is what ``backward()`` sends through the RNNs: ``torch.autograd.grad``, ``backward(inputs=...)``
     and ``torch.func.grad`` leave the taps out, and record nothing. Neither do forwards without grad mode, so an
@@ -59,6 +69,8 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1, *, cell_stat
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"every must be a positive int or a callable(step) -> bool, got {every!r}")
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"keep must be a positive int, got {keep!r}")
     modules = {name or "rnn": m for name, m in model.named_modules() if isinstance(m, RNN) or gated.is_served(m)}
     if not modules:
         raise ValueError(
@@ -68,7 +80,7 @@ def watch(model: nn.Module, every: int | Callable[[int], bool] = 1, *, cell_stat
     for name, module in modules.items():
         if gated.is_watched(module) if not isinstance(module, RNN) else module.tap is not None:
             raise ValueError(f"{name!r} is already watched: close() the earlier Flow first")
-    return Flow(model, modules, every, cell_states)
+    return Flow(model, modules, every, keep, cell_states)
 
 
 class Flow:
@@ -83,20 +95,30 @@ class Flow:
     A forward belongs to the step in which it ran; its gradients go there whenever its backward comes. Two backwards
     through one graph (``retain_graph=True``) add their squares in the rows of its one forward.
 
-    Statistics stay on their device until they are read: 24·T·B bytes per layer and direction, for one step. A step
-    whose statistics reach 1 GiB records no further forwards, and warns: most likely nobody has told it of its end.
+    Statistics stay on their device until they are read: 24·T·B bytes per layer and direction, for each of the ``keep``
+    newest steps. A step whose statistics reach 1 GiB records no further forwards, and warns: most likely nobody has
+    told it of its end.
+
+    Of every step that is read the norm by lag stays on the host, for :meth:`plot` and :meth:`report`: up to 2,000
+    steps and 64 MiB; of more, every second one goes, all over the run.
     """
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], every: int | Callable[[int], bool], cell_states: bool
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        every: int | Callable[[int], bool],
+        keep: int,
+        cell_states: bool,
     ) -> None:
         self._every = every
+        self._curves = History()
         shapes: dict[str, tuple[int, int]] = {}
         for name, module in modules.items():
             shapes[name] = _shape(module)
             if cell_states and gated.has_cell_state(module):
                 shapes[f"{name}.c"] = _shape(module)
-        self._recorder = Recorder(model, shapes, every)
+        self._recorder = Recorder(model, shapes, every, keep)
         for name, module in modules.items():
             if isinstance(module, RNN):
                 module.tap = ModuleTaps(self._recorder, name, module._weights()[0][1].device)
@@ -146,7 +168,8 @@ class Flow:
         exception serves loops that never step: until the first step has been seen, a ``read()`` does its work, and
         the next forward begins a new one. So backward, read, backward, read gives each backward on its own.
 
-        This is the only call that waits for the device. It is local, never a collective: every rank may read or not.
+        This waits for the device, as :meth:`history` and what is built on the two does, and nothing else. It is local,
+        never a collective: every rank may read or not.
 
         Args:
             per_sample: keep the samples apart, as the last axis of everything in the record.
@@ -155,14 +178,72 @@ class Flow:
         Raises:
             ValueError: an unknown order, or chunks of a sequence that do not fit together.
         """
+        records = self._read(1, per_sample, order)
+        return records[0] if records else None
+
+    def history(self, per_sample: bool = False, order: Order = "processing") -> list[Record]:
+        """The newest sampled steps that have statistics, oldest first: as many as ``watch(keep=)`` says, at most.
+
+        As :meth:`read` in everything else; its last is what that returns. Of statistics beyond 1 GiB the oldest steps
+        are gone.
+        """
+        return self._read(self._recorder.keep, per_sample, order)
+
+    def _read(self, newest: int, per_sample: bool = False, order: Order = "processing") -> list[Record]:
         if order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
-        newest = self._recorder.read()
-        if newest is None:
-            return None
-        index, squares = newest
-        records = [ModuleRecord(name, *s, order=order, per_sample=per_sample) for name, s in squares.items()]
-        return Record(index, self.modules, records)
+        records = []
+        for index, squares in self._recorder.read(newest):
+            modules = [ModuleRecord(name, *s, order=order, per_sample=per_sample) for name, s in squares.items()]
+            records.append(Record(index, self.modules, modules))
+            self._curves.add(records[-1])
+        return records
+
+    def plot(self, module: str | None = None, ax: Axes | Sequence[Axes] | None = None) -> Figure:
+        """How the norms have changed: a heat map of lag against training step, a panel for each layer and direction.
+
+        Columns are the steps that were read, and those that :meth:`history` has. Colours are log10 of the root mean
+        square of ‖∂L/∂h‖ over the samples, relative to the largest of the same training step, on a scale that is the
+        same in every picture: -12 to 0, and less is as dark as -12. So neither the batch size nor the scale of the
+        loss matter. What is exactly 0 (underflow, or no way from the loss to there), what is not finite, and lags that
+        a step does not have stand out in colours of their own. The white line is :attr:`ModuleRecord.horizon`.
+
+        Args:
+            module: the name of one; None draws all.
+            ax: where to draw: one matplotlib Axes for each panel. None makes a figure, outside of pyplot.
+
+        Returns:
+            The matplotlib Figure; ``.savefig("flow.png")`` writes it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            KeyError: no module of that name is watched.
+            ValueError: the number of Axes is not that of the panels.
+            RuntimeError: nothing has been recorded yet.
+        """
+        from rnnkern.gradflow import plots
+
+        if module is not None and module not in self.modules:
+            raise KeyError(f"{module!r} is not watched; there is {', '.join(map(repr, self.modules))}")
+        self.history()
+        return plots.heat_map(self._curves, self.modules if module is None else [module], ax)
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write what was recorded as one HTML page, which opens without a network, also on a phone.
+
+        It holds the figures of the newest record, its curve, the heat map of :meth:`plot` and a verdict, with what
+        each of them says. ``path`` holds a whole page or what it held before.
+
+        Raises:
+            ImportError: matplotlib or jinja2 is not installed.
+            RuntimeError: nothing has been recorded yet.
+            OSError: the file cannot be written.
+        """
+        from rnnkern.gradflow import report
+
+        records = self._read(self._recorder.keep, order="lag")
+        name = self._recorder.model_name
+        report.write(report.page(name, self.modules, self._every, self.steps, self._curves, records), path)
 
     def close(self) -> None:
         """Stop watching, as often as called. What has been recorded can still be read."""

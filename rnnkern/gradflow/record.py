@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from rnnkern.gradflow.analysis import Ints as Ints
 from rnnkern.gradflow.analysis import Order as Order
 from rnnkern.gradflow.direct import OutputGradient
 from rnnkern.gradflow.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: The signal at a step counts as arrived while it is at least this share of that at the last step.
 HORIZON_EPS = 1e-3
@@ -130,6 +133,21 @@ class ModuleRecord(Analysis):
             x = np.where(used, lags - np.where(used, lags, 0).sum(2, keepdims=True) / count, 0)
             return np.where(used, x * logs, 0).sum(2) / np.square(x).sum(2)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw :attr:`log10_norm`, over the batch, against the T axis in its order: a line a layer and direction.
+
+        Crosses below mark what is exactly 0, crosses above what is not finite.
+
+        Args:
+            ax: matplotlib Axes to draw into. None makes a figure, outside of pyplot: ``.figure.savefig("curve.png")``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from rnnkern.gradflow import plots
+
+        return plots.curves([self], ax)
+
     @property
     def zeros(self) -> Ints:
         """How many (step, sample) rows have ‖g_t‖² exactly 0: underflow, or no way from the loss to there."""
@@ -216,6 +234,14 @@ class Record:
         self.modules = tuple(record.name for record in records)
         self._watched = tuple(watched)
         self._records = {record.name: record for record in records}
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """As :meth:`ModuleRecord.plot`, all modules in one."""
+        from rnnkern.gradflow import plots
+
+        axes = plots.curves(list(self._records.values()), ax)
+        axes.set_title(f"Gradient at each time step, training step {self.step}", loc="left")
+        return axes
 
     def __getitem__(self, name: str) -> ModuleRecord:
         if name in self._records:

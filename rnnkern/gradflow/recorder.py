@@ -1,6 +1,6 @@
 """What is kept while a model is watched: forwards, the statistics of their backwards, and where a step ends.
 
-    graph -> tap -> recorder, step, forward        recorder -> newest step -> its forwards -> statistics
+    graph -> tap -> recorder, step, forward        recorder -> newest steps -> their forwards -> statistics
 
 No arrow leads back to the graph or to the model, so nothing waits for the garbage collector.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from torch.utils.hooks import RemovableHandle
 #: of one module in one step: squares (3, layers, directions, T, B) float64 in input order, lengths (B,) int64
 Squares = tuple[NDArray[np.float64], NDArray[np.int64]]
 
-#: Statistics of one step that are kept on the device. What reaches this is a loop whose steps nobody has told of.
+#: Statistics that are kept on the device, of all steps. One step that reaches this is a loop whose steps nobody has
+#: told of.
 MAX_BYTES = 1 << 30
 
 #: Forwards of compiled graphs that are remembered until their backward comes; those without one are forgotten.
@@ -140,7 +142,7 @@ def _frozen(squares: NDArray[np.float64], lengths: NDArray[np.int64]) -> Squares
 
 
 class Recorder:
-    """Keeps the newest step that has statistics, for one Flow.
+    """Keeps the newest steps that have statistics, for one Flow: ``keep`` of them, in MAX_BYTES.
 
     Attributes:
         sampled: whether the step that is open now is to be recorded.
@@ -156,13 +158,16 @@ class Recorder:
         model: nn.Module,
         modules: dict[str, tuple[int, int]],  # name -> (layers, directions)
         every: int | Callable[[int], bool],
+        keep: int = 1,
     ) -> None:
         self.modules = modules
+        self.keep = keep
+        self.model_name = type(model).__name__
         self.index = 0
         self._is_sampled = every if callable(every) else lambda step: step % every == 0
         self._model = weakref.ref(model)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those known to train the model
-        self._newest: Step | None = None
+        self._kept: list[Step] = []  # those that have statistics, oldest first
         self._has_stepped = self._was_read = self._warned = False
         self._chunk: int | None = None  # of the sequence that is open
         self.held: OrderedDict[int, tuple[Step, Forward]] = OrderedDict()
@@ -225,8 +230,10 @@ class Recorder:
         self._has_received(step)
 
     def _has_received(self, step: Step) -> None:
-        if self._newest is None or step.index >= self._newest.index:
-            self._newest = step
+        if step not in self._kept:
+            insort(self._kept, step, key=lambda kept: kept.index)
+        while len(self._kept) > self.keep or (len(self._kept) > 1 and sum(s.bytes for s in self._kept) > MAX_BYTES):
+            del self._kept[0]
 
     def end_step(self) -> None:
         """A step ends here, if a watched module has run forward in it and no sequence is open."""
@@ -254,12 +261,12 @@ class Recorder:
         self._has_stepped = True
         self._begin_next()
 
-    def read(self) -> tuple[int, dict[str, Squares]] | None:
-        """Number and statistics of the newest step that has some."""
+    def read(self, newest: int = 1) -> list[tuple[int, dict[str, Squares]]]:
+        """Numbers and statistics of so many of the steps that have some, oldest first."""
         self._was_read = True
         if not self._has_stepped and not self.sampled and self._chunk is None:
             self._begin_next()  # here, as a compiled forward that is not sampled comes by unseen
-        return None if self._newest is None else (self._newest.index, self._newest.squares(self.modules))
+        return [(step.index, step.squares(self.modules)) for step in self._kept[-newest:]]
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds a parameter of the model."""

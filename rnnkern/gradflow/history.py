@@ -1,0 +1,83 @@
+"""How the curves of a run have changed: the norm by lag of every step that was read, on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from rnnkern.gradflow.record import Ints, Record
+
+Curves = NDArray[np.float32]
+
+#: Steps that are kept, and bytes of their curves. Beyond either every second step goes, all over the run.
+MAX_COLUMNS = 2000
+MAX_BYTES = 64 << 20
+
+
+class History:
+    """log10 of the root mean square of ‖∂L/∂h‖ by lag, for the steps that were read.
+
+    A step that is read again, with more micro-batches say, replaces what it was. In a long run steps are thinned out
+    evenly: of each ``gap`` training steps the first that was read is kept, and the newest is always there.
+
+    Attributes:
+        gap: a power of two, so that what is kept is the same as with that gap from the beginning; 1 keeps all.
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[int, dict[str, Curves]] = {}  # step -> module -> (layers, directions, T)
+        self.gap = 1
+
+    def add(self, record: Record) -> None:
+        """Take the curves of all modules in a record; (step, sample) rows that are exactly 0 give -inf."""
+        column = {}
+        for name in record.modules:
+            norms = dataclasses.replace(record[name], per_sample=False).rms_by_lag
+            with np.errstate(divide="ignore"):
+                column[name] = np.log10(norms).astype(np.float32)
+        is_newest = not self._columns or record.step >= max(self._columns)
+        self._columns[record.step] = column
+        if not is_newest:  # from a ring: older than what was read before
+            self._columns = dict(sorted(self._columns.items()))
+        self._thin()
+        while len(self._columns) > 2 and self._is_full():
+            self.gap *= 2
+            self._thin()
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of the steps that are kept, rising."""
+        return list(self._columns)
+
+    def curves(self, module: str) -> tuple[Ints, Curves, NDArray[np.bool_]]:
+        """What is known of a module, as a picture with a column for each of its N steps.
+
+        Returns:
+            The steps' numbers (N,); log10 of the root mean square (layers, directions, lags, N), where -inf says that
+            the gradient was exactly 0, and inf or NaN that it was not finite; whether the step has the lag (lags, N).
+        """
+        steps = [step for step, column in self._columns.items() if module in column]
+        columns = [self._columns[step][module] for step in steps]
+        if not columns:
+            return np.zeros(0, np.int64), np.zeros((1, 1, 0, 0), np.float32), np.zeros((0, 0), np.bool_)
+        lengths = np.array([c.shape[2] for c in columns])
+        values = np.full((*columns[0].shape[:2], lengths.max(), len(columns)), np.nan, np.float32)
+        for i, column in enumerate(columns):
+            values[:, :, : column.shape[2], i] = column
+        return np.array(steps, np.int64), values, np.arange(lengths.max())[:, None] < lengths
+
+    def _is_full(self) -> bool:
+        size = sum(curves.nbytes for column in self._columns.values() for curves in column.values())
+        return len(self._columns) > MAX_COLUMNS or size > MAX_BYTES
+
+    def _thin(self) -> None:
+        newest = next(reversed(self._columns))
+        taken = set()
+        for step in list(self._columns):
+            if step // self.gap in taken and step != newest:
+                del self._columns[step]
+            taken.add(step // self.gap)
