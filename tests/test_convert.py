@@ -314,5 +314,5 @@ def test_converted_model_can_be_watched() -> None:
     with rnnkern.watch(model) as flow:
         train(model, torch.randn(T, B, I))
         record = flow.read()
-    assert flow.modules == ("encoder.layers.0", "encoder.layers.1")
+    assert flow.modules == ("lstm", "encoder.layers.0", "encoder.layers.1", "cell")
     assert (record["encoder.layers.0"].norm > 0).all() and record["encoder.layers.0"].norm.shape == (2, 1, T)

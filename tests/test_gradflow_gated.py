@@ -121,6 +121,17 @@ def test_the_truth(kind: str, loss: Loss, options: dict[str, Any]) -> None:
         assert rec.modules == ("rnn",)
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_float32_up_to_lag_120(kind: str) -> None:
+    module, x = KINDS[kind](I, H), torch.randn(121, 2, I)
+    with rnnkern.watch(module, cell_states=True) as flow:
+        at_the_end((), final(module(x)).unbind(1)).backward()
+    expected, rec = truth(kind, module, x.unbind(1), at_the_end), read(flow, per_sample=True)
+    for name, norms in zip(rec.modules, (expected["h"], expected["c"]), strict=False):
+        assert norms.max() > 1e6 * norms.min()
+        np.testing.assert_allclose(rec[name].norm, norms, rtol=0.01)
+
+
 @ALL
 def test_packed_unsorted(kind: str) -> None:
     module, lengths = made(kind, num_layers=2, bidirectional=True), [3, 7, 1, 5]
@@ -648,6 +659,11 @@ def test_one_graph_where_it_is_not_sampled() -> None:
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about tracing
 def test_what_traces_sees_the_operator() -> None:
     gru, x = nn.GRU(I, H), torch.randn(4, 2, I)
+    model = nn.Sequential(rnnkern.RNNCell(I, H))
+    with rnnkern.watch(model) as flow:
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+        assert flow._recorder.has_forward is False
     with rnnkern.watch(gru):
         assert "aten::gru" in str(torch.jit.trace(gru, (x,)).inlined_graph)
         nodes = torch.export.export(gru, (x,)).graph.nodes

@@ -124,7 +124,8 @@ class Watched:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward; with the loop in it where that is to be recorded."""
         own = self._own("forward")
-        return self._slowly(own, args, kwargs) if self._is_wanted() else own(*args, **kwargs)
+        traced = any(isinstance(x, torch.fx.Proxy) for x in args)
+        return own(*args, **kwargs) if traced or not self._is_wanted() else self._slowly(own, args, kwargs)
 
     def _is_wanted(self) -> bool:
         recorder = self.recorder
