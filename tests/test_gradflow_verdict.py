@@ -289,3 +289,20 @@ def test_print_shows_it() -> None:
     verdict = read(flow, per_sample=True).verdict()
     assert [s.where for s in verdict.symptoms] == ["a l0"]
     assert [line.split(":")[0] for line in verdict.sentences] == ["a l0", "b l0"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_gated_modules_have_no_factors(kind: type[nn.RNNBase]) -> None:
+    """Their δ stands elsewhere: the verdict says how far they reach, and nothing of saturation or the weights' part."""
+    module = kind(3, 8)
+    with rnnkern.watch(module, cell_states=True) as flow:
+        module(torch.randn(40, 2, 3))[0][-1].sum().backward()
+        record = flow.read()
+    assert record is not None
+    of_h = record["rnn"]
+    assert np.isnan(of_h.saturation_factor).all() and np.isnan(of_h.mean_weight_factor).all()
+    last = of_h.norm[0, 0, -1] * of_h.mean_gain[0, 0] ** 39
+    np.testing.assert_allclose(last, of_h.norm[0, 0, 0], rtol=1e-6)
+    text = str(record.verdict())
+    assert "through gates and weights" in text and "saturation" not in text and "nan" not in text
+    assert ("bias of 1 for the forget gate" in text) == ("vanishing" in record.verdict().names)

@@ -43,6 +43,7 @@ class Analysis:
     per_sample: bool
     direct_squares: Floats | None
     rounding: float
+    is_gated: bool
 
     # One step back
 
@@ -58,14 +59,17 @@ class Analysis:
     @cached_property
     def saturation_factor(self) -> Floats:
         """Δ_{t+1} / G_{t+1}: what f' leaves of the gradient, at most 1. It includes ``clip`` and the normalisation of
-        ``layer_norm="preactivation"`` where an RNN has them."""
-        return self._ratio(DELTA, TOTAL, self.order)
+        ``layer_norm="preactivation"`` where an RNN has them. NaN for gated modules, which have no one f'."""
+        return self._factor(DELTA, TOTAL)
 
     @cached_property
     def weight_factor(self) -> Floats:
         """R_t / Δ_{t+1}: what W_hh makes of it, between its smallest and its largest singular value; exactly 1 for an
-        orthogonal one. It includes recurrent dropout where an RNN has it."""
-        return self._ratio(RECURRENT, DELTA, self.order)
+        orthogonal one. It includes recurrent dropout where an RNN has it. NaN for gated modules."""
+        return self._factor(RECURRENT, DELTA)
+
+    def _factor(self, above: int, below: int) -> Floats:
+        return np.full_like(self.gain, np.nan) if self.is_gated else self._ratio(above, below, self.order)
 
     @property
     def mean_gain(self) -> Floats:
@@ -99,6 +103,11 @@ class Analysis:
         gain, saturation, weights = (
             self._ratio(*of, "lag") for of in ((RECURRENT, TOTAL), (DELTA, TOTAL), (RECURRENT, DELTA))
         )
+        if self.is_gated:
+            used = np.isfinite(gain) & (gain > 0)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                mean = np.exp(np.where(used, np.log(gain), 0).sum(2) / used.sum(2))
+            return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
         used = np.isfinite(gain) & (gain > 0) & np.isfinite(weights)  # then the third is, too
         count = used.sum(2)
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -114,10 +114,12 @@ class Flow:
         self._every = every
         self._curves = History()
         shapes: dict[str, tuple[int, int]] = {}
+        self._gated: set[str] = set()
         for name, module in modules.items():
-            shapes[name] = _shape(module)
-            if cell_states and gated.has_cell_state(module):
-                shapes[f"{name}.c"] = _shape(module)
+            names = [name, *([f"{name}.c"] if cell_states and gated.has_cell_state(module) else [])]
+            shapes.update(dict.fromkeys(names, _shape(module)))
+            if gated.has_gates(module):
+                self._gated.update(names)
         self._recorder = Recorder(model, shapes, every, keep)
         for name, module in modules.items():
             if isinstance(module, RNN):
@@ -194,7 +196,10 @@ class Flow:
             raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
         records = []
         for index, squares in self._recorder.read(newest):
-            modules = [ModuleRecord(name, *s, order=order, per_sample=per_sample) for name, s in squares.items()]
+            modules = [
+                ModuleRecord(name, *s, order=order, per_sample=per_sample, is_gated=name in self._gated)
+                for name, s in squares.items()
+            ]
             records.append(Record(index, self.modules, modules))
             self._curves.add(records[-1])
         return records

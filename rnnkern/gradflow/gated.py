@@ -49,6 +49,11 @@ def has_cell_state(module: nn.Module) -> bool:
     return isinstance(module, (nn.LSTM, nn.LSTMCell))
 
 
+def has_gates(module: nn.Module) -> bool:
+    """Whether its step is another than f(z + W_hh h)."""
+    return isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell))
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether a Flow is open on it."""
     watched = _of(module)

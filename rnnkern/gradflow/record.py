@@ -56,6 +56,8 @@ class ModuleRecord(Analysis):
         lengths: (B,) steps of each sample.
         direct_squares: ‖e_t‖² (layers, directions, T, B) in input order where it was measured, NaN elsewhere.
         rounding: relative error of ‖g‖², for what is a difference of squares.
+        is_gated: whether the module has gates (LSTM, GRU). δ is then the gradient at the arguments of all of them, and
+            the two factors of the gain are not defined.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ModuleRecord(Analysis):
     per_sample: bool = False
     direct_squares: Floats | None = None
     rounding: float = ROUNDING
+    is_gated: bool = False
 
     @property
     def samples(self) -> int:

@@ -124,6 +124,7 @@ class Chain:
     deltas: float  # Σ ‖δ‖
     direct_share: float  # median over the steps at which gradient enters, where it is known
     cosine: float
+    is_gated: bool
 
     @property
     def needed(self) -> int:
@@ -163,6 +164,7 @@ class Chain:
             deltas=float(np.sqrt(record.squares[DELTA][at]).sum()),
             direct_share=_median(shares[shares > 0]),
             cosine=_median(record.cosine[at]),
+            is_gated=record.is_gated,
         )
 
 
@@ -209,6 +211,8 @@ def _reach(c: Chain) -> str:
 
 
 def _one_step_back(c: Chain) -> str:
+    if c.is_gated:
+        return f"One step back multiplies the norm by {c.gain:.3g} in the geometric mean, through gates and weights."
     factors = f"saturation {c.saturation:.3g}, weights {c.weights:.3g}"
     if abs(np.log(c.gain)) * c.longest < np.log(KEPT):
         return f"One step back keeps the norm: times {c.gain:.3g} ({factors})."
@@ -246,7 +250,9 @@ def _symptoms(c: Chain) -> Iterator[Symptom]:
 
 def _vanishing(c: Chain) -> Symptom:
     advice = []
-    if c.weight_share >= 0.5 and c.gain < 1:
+    if c.is_gated:
+        advice.append("gates that keep more at the start: a bias of 1 for the forget gate, or a GRU's update gate")
+    elif c.weight_share >= 0.5 and c.gain < 1:
         arrives = c.saturation**c.needed
         advice.append(
             "orthogonal init of W_hh (identity for ReLU): with a weight factor of 1, if saturation stays as it is, "
@@ -284,8 +290,10 @@ def _exploding(c: Chain) -> Iterator[Symptom]:
         c.where,
         {"growth": float(growth), "gain": c.gain, "weight_factor": c.weights},
         f"from lag {first} to lag {top} the norm grows to {growth:.2g} times itself.",
-        "clip the gradient (torch.nn.utils.clip_grad_norm_, or clip= in the chain itself); orthogonal init takes the "
-        f"weight factor from {c.weights:.3g} to 1; truncated BPTT shortens the chain.",
+        "clip the gradient by torch.nn.utils.clip_grad_norm_; truncated BPTT shortens the chain."
+        if c.is_gated
+        else "clip the gradient (torch.nn.utils.clip_grad_norm_, or clip= in the chain itself); orthogonal init takes "
+        f"the weight factor from {c.weights:.3g} to 1; truncated BPTT shortens the chain.",
     )
 
 
