@@ -180,10 +180,12 @@ def test_modules_without_a_gradient(tmp_path: Path) -> None:
 
 def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a record has one, line by line."""
-    monkeypatch.setattr(Record, "verdict", lambda self: "learns 9 steps back\n<the loss> needs 64", raising=False)
+    monkeypatch.setattr(
+        Record, "verdict", lambda self: "rnn l0: learns 9 steps: few\n<the loss> needs 64", raising=False
+    )
     train(Classifier()).report(tmp_path / "flow.html")
     page = Page(tmp_path / "flow.html")
-    assert "Verdict learns 9 steps back <the loss> needs 64" in page.text
+    assert "Verdict rnn l0: learns 9 steps: few <the loss> needs 64" in page.text
 
 
 def test_the_ring_is_in_the_picture(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def heat_map(history: History, modules: Sequence[str], ax: Axes | Sequence[Axes]
     is_ours = ax is None
     given: Any = ax
     if is_ours:
-        given = _figure(6.4, 1.6 + 1.9 * len(panels)).subplots(len(panels), 1, sharex=True, squeeze=False)
+        given = _figure(6.4, 2.2 + 1.9 * len(panels)).subplots(len(panels), 1, sharex=True, squeeze=False)
     axes: list[Axes] = list(np.ravel(np.asarray(given, dtype=object)))
     if len(axes) != len(panels):
         names = ", ".join(label for label, *_ in panels)

@@ -79,7 +79,7 @@ def page(
         watched=[_described(name, record) for name in watched],
         sampled=_sampled(every, steps, history.steps),
         paper=PAPER,
-        verdict=[] if verdict is None else str(verdict()).splitlines(),
+        verdict=[] if verdict is None else [_split(line) for line in str(verdict()).splitlines()],
         modules=[{"name": m.name, "T": m.squares.shape[3], "samples": m.samples, "rows": _rows(m)} for m in modules],
         silent=[name for name in watched if name not in record.modules],
         curve=_image(
@@ -126,6 +126,12 @@ def _sampled(every: int | Callable[[int], bool], steps: int, shown: Sequence[int
     chosen = "steps that the caller chose" if callable(every) else "each step" if every == 1 else f"every {every} steps"
     which = f"{len(shown)} of them, from step {shown[0]} to step {shown[-1]}" if len(shown) > 1 else f"step {shown[0]}"
     return f"Sampled: {chosen}. {steps} step{'s have' if steps != 1 else ' has'} ended; this page shows {which}."
+
+
+def _split(sentence: str) -> tuple[str, str]:
+    """What a sentence is about, which stands before a colon, and the rest."""
+    where, colon, says = sentence.partition(": ")
+    return (where + ":", says) if colon else ("", sentence)
 
 
 def _described(name: str, record: Record) -> str:
