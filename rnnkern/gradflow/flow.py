@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from rnnkern.gradflow.record import ModuleRecord, Order, Record
 from rnnkern.gradflow.recorder import Recorder, close_recorder, open_recorder
+from rnnkern.gradflow.scalars import sender
 from rnnkern.gradflow.taps import ModuleTaps
 from rnnkern.modules import RNN
 
@@ -93,6 +94,7 @@ class Flow:
 
     def __init__(self, model: nn.Module, modules: dict[str, RNN], every: int | Callable[[int], bool]) -> None:
         self._every = every
+        self._logged: int | None = None  # the step that was logged last
         self._recorder = Recorder(model, {name: _shape(module) for name, module in modules.items()}, every)
         for name, module in modules.items():
             module.tap = ModuleTaps(self._recorder, name, module._weights()[0][1].device)
@@ -157,6 +159,33 @@ class Flow:
         index, squares = newest
         records = [ModuleRecord(name, *s, order=order, per_sample=per_sample) for name, s in squares.items()]
         return Record(index, self.modules, records)
+
+    def log(self, writer: Any, step: int) -> bool:
+        """Log :meth:`Record.scalars` of the newest step, where it has not been logged; call it once an iteration.
+
+        Without a new record this neither waits for the device nor writes. A step is logged once, as far as it has come:
+        with micro-batches call it after the optimizer's step. It is local, never a collective.
+
+        Args:
+            writer: a TensorBoard SummaryWriter, a W&B run, a Lightning logger, or what has ``add_scalar(tag, value,
+                global_step=)``, ``log(dict, step=)`` or ``log_metrics(dict, step=)`` as they have it.
+            step: where the logger is to put it; ``Record.step`` counts from when the watching began.
+
+        Returns:
+            Whether a new record was logged.
+
+        Raises:
+            TypeError: ``writer`` has none of these methods.
+        """
+        send = sender(writer)
+        newest = self._recorder.newest()
+        if newest is None or newest == self._logged:
+            return False
+        record = self.read()
+        assert record is not None
+        self._logged = record.step
+        send(record.scalars(), step)
+        return True
 
     def close(self) -> None:
         """Stop watching, as often as called. What has been recorded can still be read."""

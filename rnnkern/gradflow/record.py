@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rnnkern.gradflow import table
+from rnnkern.gradflow.scalars import scalars
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -165,6 +169,10 @@ class ModuleRecord:
     def _count(self, rows: NDArray[np.bool_]) -> Ints:
         return (rows & self._exists).sum(2 if self.per_sample else (2, 3), dtype=np.int64)
 
+    def scalars(self) -> dict[str, float]:
+        """As :meth:`Record.scalars`, of this module."""
+        return scalars(self)
+
     def __repr__(self) -> str:
         return "\n".join([table.HEADER, *table.rows(dataclasses.replace(self, per_sample=False))])
 
@@ -208,6 +216,22 @@ class Record:
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *(_DELEGATED if len(self._watched) == 1 else ())]
+
+    def scalars(self) -> dict[str, float]:
+        """At most eight numbers a layer and direction for a logger, over the batch; docs/logging.md explains each.
+
+        They are named ``gradflow/<module>/l0/slope``, and ``l0_reverse`` for the other direction. What has no finite
+        number is left out: log10 of a gradient that is exactly 0, the slope of a single step.
+        """
+        return {name: value for record in self._records.values() for name, value in record.scalars().items()}
+
+    def all_reduce(self, group: ProcessGroup | None = None, averaged: bool = True) -> Record:
+        """The record of all ranks, the same on each: :func:`rnnkern.gradflow.all_reduce`, a collective."""
+        from rnnkern.gradflow.distributed import all_reduce
+
+        record = all_reduce(self, group, averaged)
+        assert record is not None  # this rank's at least
+        return record
 
     def __repr__(self) -> str:
         lines = [f"step {self.step}", table.HEADER]

@@ -220,10 +220,15 @@ class Recorder:
 
     def read(self) -> tuple[int, dict[str, Squares]] | None:
         """Number and statistics of the newest step that has some."""
+        self.newest()
+        return None if self._newest is None else (self._newest.index, self._newest.squares(self.modules))
+
+    def newest(self) -> int | None:
+        """Number of the newest step that has statistics; for loops that never step it counts as a read."""
         self._was_read = True
         if not self._has_stepped and not self.sampled and self._chunk is None:
             self._begin_next()  # here, as a compiled forward that is not sampled comes by unseen
-        return None if self._newest is None else (self._newest.index, self._newest.squares(self.modules))
+        return None if self._newest is None else self._newest.index
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds a parameter of the model."""
