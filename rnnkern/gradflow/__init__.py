@@ -1,6 +1,12 @@
-"""‖∂L/∂h_t‖ for every step of a training run: watch() a model, read() a Record."""
+"""‖∂L/∂h_t‖ for every step of a training run: watch() a model, read() a Record.
+
+``GradientFlow`` is the Lightning callback and ``GradientNorm`` the torchmetrics metric; each needs its package.
+"""
+
+from typing import Any
 
 from rnnkern.gradflow.direct import OutputGradient
+from rnnkern.gradflow.distributed import all_reduce
 from rnnkern.gradflow.flow import Flow, watch
 from rnnkern.gradflow.penalty import omega_penalty
 from rnnkern.gradflow.record import ModuleRecord, Record
@@ -15,7 +21,20 @@ __all__ = [
     "Saturation",
     "Symptom",
     "Verdict",
+    "all_reduce",
     "omega_penalty",
     "saturation",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GradientFlow":
+        from rnnkern.gradflow.lightning import GradientFlow
+
+        return GradientFlow
+    if name == "GradientNorm":
+        from rnnkern.gradflow.metric import GradientNorm
+
+        return GradientNorm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from rnnkern.gradflow import gated
 from rnnkern.gradflow.history import History
 from rnnkern.gradflow.record import ModuleRecord, Order, Record
 from rnnkern.gradflow.recorder import Recorder, close_recorder, open_recorder
+from rnnkern.gradflow.scalars import sender
 from rnnkern.gradflow.taps import ModuleTaps
 from rnnkern.modules import RNN
 
@@ -115,6 +116,7 @@ class Flow:
         self._curves = History()
         shapes: dict[str, tuple[int, int]] = {}
         self._gated: set[str] = set()
+        self._logged: int | None = None  # the step that was logged last
         for name, module in modules.items():
             names = [name, *([f"{name}.c"] if cell_states and gated.has_cell_state(module) else [])]
             shapes.update(dict.fromkeys(names, _shape(module)))
@@ -249,6 +251,33 @@ class Flow:
         records = self._read(self._recorder.keep, order="lag")
         name = self._recorder.model_name
         report.write(report.page(name, self.modules, self._every, self.steps, self._curves, records), path)
+
+    def log(self, writer: Any, step: int) -> bool:
+        """Log :meth:`Record.scalars` of the newest step, where it has not been logged; call it once an iteration.
+
+        Without a new record this neither waits for the device nor writes. A step is logged once, as far as it has come:
+        with micro-batches call it after the optimizer's step. It is local, never a collective.
+
+        Args:
+            writer: a TensorBoard SummaryWriter, a W&B run, a Lightning logger, or what has ``add_scalar(tag, value,
+                global_step=)``, ``log(dict, step=)`` or ``log_metrics(dict, step=)`` as they have it.
+            step: where the logger is to put it; ``Record.step`` counts from when the watching began.
+
+        Returns:
+            Whether a new record was logged.
+
+        Raises:
+            TypeError: ``writer`` has none of these methods.
+        """
+        send = sender(writer)
+        newest = self._recorder.newest()
+        if newest is None or newest == self._logged:
+            return False
+        record = self.read()
+        assert record is not None
+        self._logged = record.step
+        send(record.scalars(), step)
+        return True
 
     def close(self) -> None:
         """Stop watching, as often as called. What has been recorded can still be read."""

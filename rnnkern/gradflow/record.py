@@ -16,10 +16,12 @@ from rnnkern.gradflow.analysis import Floats as Floats
 from rnnkern.gradflow.analysis import Ints as Ints
 from rnnkern.gradflow.analysis import Order as Order
 from rnnkern.gradflow.direct import OutputGradient
+from rnnkern.gradflow.scalars import scalars
 from rnnkern.gradflow.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch.distributed import ProcessGroup
 
 #: The signal at a step counts as arrived while it is at least this share of that at the last step.
 HORIZON_EPS = 1e-3
@@ -212,6 +214,10 @@ class ModuleRecord(Analysis):
         """
         return judge([dataclasses.replace(self, per_sample=False, order="lag")], needs)
 
+    def scalars(self) -> dict[str, float]:
+        """As :meth:`Record.scalars`, of this module."""
+        return scalars(self)
+
     def __repr__(self) -> str:
         return "\n".join([table.HEADER, *table.rows(dataclasses.replace(self, per_sample=False))])
 
@@ -273,6 +279,22 @@ class Record:
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.verdict()}"
+
+    def scalars(self) -> dict[str, float]:
+        """At most eight numbers a layer and direction for a logger, over the batch; docs/logging.md explains each.
+
+        They are named ``gradflow/<module>/l0/slope``, and ``l0_reverse`` for the other direction. What has no finite
+        number is left out: log10 of a gradient that is exactly 0, the slope of a single step.
+        """
+        return {name: value for record in self._records.values() for name, value in record.scalars().items()}
+
+    def all_reduce(self, group: ProcessGroup | None = None, averaged: bool = True) -> Record:
+        """The record of all ranks, the same on each: :func:`rnnkern.gradflow.all_reduce`, a collective."""
+        from rnnkern.gradflow.distributed import all_reduce
+
+        record = all_reduce(self, group, averaged)
+        assert record is not None  # this rank's at least
+        return record
 
     def __repr__(self) -> str:
         lines = [f"step {self.step}", table.HEADER]

@@ -263,10 +263,15 @@ class Recorder:
 
     def read(self, newest: int = 1) -> list[tuple[int, dict[str, Squares]]]:
         """Numbers and statistics of so many of the steps that have some, oldest first."""
+        self.newest()
+        return [(step.index, step.squares(self.modules)) for step in self._kept[-newest:]]
+
+    def newest(self) -> int | None:
+        """Number of the newest step that has statistics; for loops that never step it counts as a read."""
         self._was_read = True
         if not self._has_stepped and not self.sampled and self._chunk is None:
             self._begin_next()  # here, as a compiled forward that is not sampled comes by unseen
-        return [(step.index, step.squares(self.modules)) for step in self._kept[-newest:]]
+        return self._kept[-1].index if self._kept else None
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds a parameter of the model."""
