@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from rnnkern.gradflow.flow import Flow, watch
 
-try:
-    from lightning.pytorch import Callback
-except ImportError:
+
+def _callback() -> Any:
+    """Lightning's Callback, from either of the packages that it comes in."""
     try:
-        from pytorch_lightning import Callback
+        return import_module("lightning.pytorch").Callback
+    except ImportError:
+        pass
+    try:
+        return import_module("pytorch_lightning").Callback
     except ImportError as error:
         raise ImportError(
             "rnnkern.gradflow.GradientFlow needs Lightning: pip install 'rnnkern[lightning]', or pytorch_lightning"
         ) from error
+
+
+Callback: Any = _callback()
 
 
 class GradientFlow(Callback):
