@@ -626,6 +626,7 @@ def test_accumulation_and_truncated_bptt() -> None:
 
 
 def test_compile_breaks_the_graph_and_records() -> None:
+    torch.compiler.reset()
     model, x = Model(), torch.randn(4, 2, I)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     compiled = torch.compile(model, backend="aot_eager")
@@ -644,6 +645,7 @@ def test_compile_breaks_the_graph_and_records() -> None:
 
 
 def test_one_graph_where_it_is_not_sampled() -> None:
+    torch.compiler.reset()
     cell, x = nn.GRUCell(I, H), torch.randn(2, I)
     optimizer = torch.optim.SGD(cell.parameters(), lr=0.0)
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
