@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 import torch
 from gradflow_helpers import Classifier, read
+from matplotlib import pyplot  # only to see that nobody uses it
+from matplotlib.figure import Figure
 from torch import nn
 
 import rnnkern
-from rnnkern.gradflow import Flow, ModuleRecord, Record
+from rnnkern.gradflow import Flow, ModuleRecord, Record, plots
 from rnnkern.gradflow.history import History
-
-pytest.importorskip("matplotlib")
-from matplotlib import pyplot  # only to see that nobody uses it
-from matplotlib.figure import Figure
-
-from rnnkern.gradflow import plots
 
 pytestmark = pytest.mark.usefixtures("nothing_stays", "no_figure_stays_open")
 

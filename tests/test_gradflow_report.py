@@ -9,17 +9,15 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from gradflow_helpers import Classifier, read
+from matplotlib import pyplot
 from torch import Tensor, nn
 
 import rnnkern
 from rnnkern.gradflow import Flow, Record
-
-pytest.importorskip("matplotlib")
-import matplotlib
-from matplotlib import pyplot
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
