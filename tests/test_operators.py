@@ -214,6 +214,30 @@ def test_statistics_keep_their_range(backend: Backend, device: str, case: dict, 
     assert present.sum() == sum(p.sizes) and (ours.stats[0][present] < 1e-56).all()
 
 
+@pytest.mark.parametrize("lengths", [[12] * 5, [12, 12, 9, 2, 1]], ids=["dense", "packed"])
+@pytest.mark.parametrize("powers", [(-33, 1), (1, 30)], ids=["small", "large"])
+def test_statistics_of_gradients_of_all_sizes(
+    backend: Backend, device: str, powers: tuple[int, int], lengths: list[int]
+) -> None:
+    """Squares leave float32's range at some steps of some samples: for one step, for a while, and come back."""
+
+    def problem(seed: int) -> Problem:
+        dense = lengths[0] == lengths[-1]
+        size = dict(T=lengths[0], B=len(lengths)) if dense else dict(lengths=lengths)
+        p = make_problem(**size, H=37, gain=1e-25, seed=seed, device=device)
+        rng = torch.Generator("cpu").manual_seed(seed)
+        runs = torch.randint(*powers, (len(p.z) // 3 + 1, *p.z.shape[1:-1], 1), generator=rng, device="cpu")
+        sizes = 10.0 ** runs.repeat_interleave(3, 0)[: len(p.z)]
+        sizes[::5] = 0
+        return p.replace(grad_h=p.grad_h * sizes.to(device, p.z.dtype))
+
+    p = problem(0)
+    ours = answers(backend, p)
+    check(p, ours, yardsticks=[problem(1), problem(2)])
+    norms = ours.stats[0][ours.stats[0] > 0].sqrt()
+    assert norms.min() < 1e-24 if powers[0] < 0 else norms.max() > 1e20, "squares that no float32 can hold"
+
+
 @dtypes
 @nonlinearities
 def test_gradient_at_one_step(backend: Backend, device: str, dtype: torch.dtype, nonlinearity: str) -> None:

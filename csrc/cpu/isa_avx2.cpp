@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <new>
 #include <type_traits>
 
 #include "cpu/kernel.h"
@@ -12,6 +15,8 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #define RNNKERN_INLINE inline __attribute__((always_inline))
+// Width of the vectors that have intrinsics. (GCC 12 defines no __AVX__ and the like after that pragma.)
+#define RNNKERN_INTRINSICS 256
 
 namespace rnnkern::cpu {
 namespace avx2 {

@@ -23,8 +23,8 @@ OmegaVariant = Literal["paper", "code"]
 
 #: Rows with ‖g‖² below this are left out of Ω as the code of Pascanu, Mikolov & Bengio computes it: its own default.
 OMEGA_BOUND = 1e-20
-#: Relative error of a recorded ‖g‖²: an element of g is rounded to float32, of half precision too, and CUDA kernels add
-#: up to seven roundings of float32 when they sum 32 squares.
+#: Relative error of a recorded ‖g‖²: an element of g is rounded to float32, of half precision too, and kernels
+#: that sum squares in float32 add some roundings, which mostly cancel.
 ROUNDING = 5 * float(np.finfo(np.float32).eps)
 #: A cosine is NaN where the rounding of the gradient could move it by more than this: two decimals are shown.
 COSINE_ERROR = 0.01
