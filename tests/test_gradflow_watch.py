@@ -77,7 +77,6 @@ def test_a_tap_takes_no_memory() -> None:
         tap = taps(0, 0)
         assert tap.shape == (3, 1000, 64)
         assert tap.dtype == torch.float64
-        assert tap.is_leaf
         assert tap.requires_grad
         assert tap.untyped_storage().nbytes() == 8
 
@@ -91,9 +90,9 @@ def without_gc() -> Iterator[None]:
     gc.enable()
 
 
-def _spied(rnn: rnnkern.RNN) -> list[weakref.ref[Tensor]]:
-    """Weak references to all taps that rnn gets from now on."""
-    refs: list[weakref.ref[Tensor]] = []
+def _spied(rnn: rnnkern.RNN) -> list[weakref.ref[torch.autograd.graph.Node]]:
+    """Weak references to all taps that rnn gets from now on: to their nodes in the graph."""
+    refs: list[weakref.ref[torch.autograd.graph.Node]] = []
     factory = rnn.tap
     assert factory is not None
 
@@ -102,9 +101,10 @@ def _spied(rnn: rnnkern.RNN) -> list[weakref.ref[Tensor]]:
 
         def tap(layer: int, direction: int) -> Tensor:
             assert taps is not None
-            leaf = taps(layer, direction)
-            refs.append(weakref.ref(leaf))
-            return leaf
+            made = taps(layer, direction)
+            assert made.grad_fn is not None
+            refs.append(weakref.ref(made.grad_fn))
+            return made
 
         return tap
 

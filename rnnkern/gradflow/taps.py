@@ -1,25 +1,29 @@
 """The taps of a watched module: made at its forwards, they bring the recorder what backward computes.
 
-In eager mode a tap is a leaf whose gradient a hook takes away. A graph that a compiler traces can neither make leaves
-nor hold hooks: there a tap is a node, and two operators lead out of the graph and into the recorder.
+A tap is a node of the graph, which has no value and hands its "gradient" to the recorder. Under torch.func it is a leaf
+instead, whose gradient a hook takes away. In a graph that a compiler traces two operators lead out of it and into the
+recorder:
 
     open_taps      at the forward: notes it, and returns a handle, a () int64 tensor that the graph keeps for backward.
                    It takes the handle of the forward before, so that no compiler changes their order or joins two
     deliver        at the backward: takes statistics to the forward of that handle; a gradient of 0 is what remains
 
-That gradient is asked for, as it is the one of a leaf, ``ModuleTaps.anchor``: so no compiler drops the operator.
+A tap's own input is a leaf, ``ModuleTaps.anchor``: so ``backward()`` comes by, and ``autograd.grad`` does not; and no
+compiler drops the operator whose result is the gradient of that leaf.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rnnkern.autograd import is_transformed
 from rnnkern.functional import Taps
-from rnnkern.gradflow.recorder import Forward, Recorder, Step, recorders
+from rnnkern.gradflow.recorder import Recorder, recorders
 
 
 class ModuleTaps:
@@ -37,7 +41,16 @@ class ModuleTaps:
         if torch.compiler.is_compiling():
             return self._in_a_graph(T, B, batch_sizes, unsorted_indices, input.device)
         opened = self.recorder.open_forward(self.module, T, B, batch_sizes, unsorted_indices)
-        return None if opened is None else functools.partial(_leaf, self.recorder, *opened, input.device)
+        if opened is None:
+            return None
+        make = _leaf if is_transformed() else _Tap.apply
+        shape, receive = (3, T, B), functools.partial(self.recorder.receive, *opened)
+
+        def tap(layer: int, direction: int) -> Tensor:
+            tap: Tensor = make(self.anchor, functools.partial(receive, layer, direction), shape, input.device)
+            return tap
+
+        return tap
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a watched module is not watched."""
@@ -67,21 +80,36 @@ class ModuleTaps:
         return tap
 
 
-def _leaf(recorder: Recorder, step: Step, forward: Forward, device: torch.device, layer: int, direction: int) -> Tensor:
-    """A (3, T, B) float64 leaf, of which only the gradient takes memory.
+class _Tap(torch.autograd.Function):
+    """A (3, T, B) float64 tensor without memory, of which only the gradient is of use.
 
     The autograd graph of its forward keeps it alive, and nothing else does: where no backward comes, it goes with the
     graph. No reference leads from it to the graph or to the model, so nothing waits for the garbage collector.
     """
 
-    def receive(leaf: Tensor) -> None:
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, receive: Callable[[Tensor], None], shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        ctx.receive = receive
+        return torch.empty_strided(shape, (0, 0, 0), dtype=torch.float64, device=device)
+
+    @staticmethod
+    def backward(ctx: Any, stats: Tensor) -> tuple[None, ...]:
+        ctx.receive(stats.detach())
+        return None, None, None, None
+
+
+def _leaf(anchor: Tensor, receive: Callable[[Tensor], None], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same under torch.func, which has rules for operators and leaves alone."""
+
+    def take(leaf: Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
         if grad is not None:
-            recorder.receive(step, forward, layer, direction, grad.detach())
+            receive(grad.detach())
 
-    shape = (3, forward.T, forward.B)
     tap = torch.empty_strided(shape, (0, 0, 0), dtype=torch.float64, device=device, requires_grad=True)
-    tap.register_post_accumulate_grad_hook(receive)
+    tap.register_post_accumulate_grad_hook(take)
     return tap
 
 
