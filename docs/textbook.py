@@ -67,17 +67,23 @@ def finished(ax, title, **labels):
 def picture(title, curves):
     """What is left at each lag, for curves by name."""
     ax = Figure(figsize=(6.8, 3.4), layout="constrained").add_subplot()
-    for (name, norms), colour in zip(curves.items(), COLOURS):
-        marker = "o" if np.count_nonzero(norms) == 1 else None
-        with np.errstate(divide="ignore"):  # what is exactly 0 is not drawn
-            ax.plot(np.log10(norms), color=colour, linewidth=1.8, marker=marker, label=name)
+    for row, (name, norms) in enumerate(curves.items()):
+        style = dict(color=COLOURS[row], linewidth=1.8, marker="o" if np.count_nonzero(norms) == 1 else None)
+        with np.errstate(divide="ignore"):
+            ax.plot(np.log10(norms), label=name, **style)
+        zero = np.flatnonzero(norms == 0)  # has no logarithm: ticks at the bottom
+        if len(zero):
+            style = dict(color=COLOURS[row], markersize=4, transform=ax.get_xaxis_transform())
+            ax.plot(zero, np.full(len(zero), 0.015 + 0.022 * row), "|", label="exactly 0", **style)
+    ax.margins(y=0.12)
     ax.axhline(-3, color="0.4", linestyle=":", linewidth=1.2, label="1/1000")
     return finished(ax, title, xlabel=AXIS["lag"], ylabel="log10 of ‖∂L/∂h‖ / that at lag 0")
 
 
 def legend(ax):
     """Beside the picture, in the order in which the lines end."""
-    handles = sorted(ax.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
+    lines = ax.get_legend_handles_labels()[0]
+    handles = sorted(lines, key=lambda line: (line.get_marker() == "|", -line.get_ydata()[-1]))
     return ax.legend(handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -244,7 +250,7 @@ for g in (1.5, 0.5):
 # Chunks of 25 steps: the state goes on from one to the next, the gradient does not. It is exactly 0 beyond, however
 # well the weights would carry it.
 
-# %% truncated: Both fall alike until lag 24, where the line for chunks of 25 steps ends
+# %% truncated: Both fall alike until lag 24; from there on chunks of 25 steps have exactly 0
 torch.manual_seed(0)
 rnn = init.orthogonal_(rnnkern.RNN(16, 64))
 x = 0.3 * torch.randn(100, 8, 16)
@@ -259,9 +265,7 @@ for name, record in {"whole": whole, "cut": cut}.items():
     shares = ", ".join(f"lag {j}: {left(record)[j]:.2g}" for j in (24, 25, 99))
     print(f"{name:5}  {shares}, horizon {record.horizon.item():.0f}")
 
-ax = picture("Truncated backpropagation", {"100 steps": left(whole), "chunks of 25": left(cut)})
-ax.plot(24, np.log10(left(cut)[24]), "o", color=COLOURS[1])
-legend(ax)
+legend(picture("Truncated backpropagation", {"100 steps": left(whole), "chunks of 25": left(cut)}))
 
 # %% [markdown]
 # ## 8. Gates
@@ -333,10 +337,6 @@ for name, norms in seen.items():
 
 ax = picture("Four ways to look at one gradient", seen)
 ax.plot(np.log10(truth / truth[0]), color="0.85", linewidth=7, zorder=0, label="loop in float64")
-for row, norms in enumerate(seen.values()):
-    zero = np.flatnonzero(norms == 0)
-    ax.plot(zero, np.full(len(zero), -36.0 - row), "|", color=COLOURS[row], markersize=5)
-ax.text(0, -34.5, "exactly 0", color="0.4", fontsize="small")
 legend(ax)
 
 # %% [markdown]
