@@ -1,4 +1,5 @@
 # make demo       train the digits demo and write its picture (OUT=docs/demo.png)
+# make textbook   run docs/textbook.py and write docs/textbook.md and its pictures
 # make test       run the tests, in a process for each processor (ARGS="-k packed" goes to pytest, "-n 0" makes it one)
 # make bench-cpu  rnnkern.RNN against torch.nn.RNN; the table goes to TABLE (build/bench-cpu.txt)
 # make gpu-test   the tests of the GPU backends on the GPU that is here
@@ -24,12 +25,15 @@ CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 # Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo test bench-cpu gpu gpu-test gpu-bench lint format asan ubsan clean distclean
+.PHONY: demo textbook test bench-cpu gpu gpu-test gpu-bench lint format asan ubsan clean distclean
 .NOTPARALLEL:
 
 demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
 	mkdir -p $(dir $(OUT))
 	.venv/bin/rnnkern demo --out $(OUT)
+
+textbook: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
+	OMP_NUM_THREADS=1 $(RUN) tools/weave.py docs/textbook.py
 
 test: .venv/.stamp-test $(LIBRARY) .venv/.stamp-install
 	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)

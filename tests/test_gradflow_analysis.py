@@ -1,4 +1,4 @@
-"""Gain and its factors, direct and recurrent part, Ω and its penalty, saturation, first failures."""
+"""Gain and its factors, direct and recurrent part, Ω, saturation, first failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from gradflow_helpers import (
     LOSSES,
     Loss,
     Parts,
-    at_the_end,
     chain,
     dense_loss,
     everywhere,
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import rnnkern
-from rnnkern.gradflow import ModuleRecord, OutputGradient, omega_penalty, saturation
+from rnnkern.gradflow import ModuleRecord, OutputGradient, saturation
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -342,149 +341,6 @@ def test_output_gradient_errors() -> None:
     rec = read(flow)
     with pytest.raises(ValueError, match="variant must be 'paper' or 'code', got 'papers'"):
         rec.omega_by("papers")
-
-
-# Ω as a penalty
-
-
-@pytest.mark.parametrize("variant", ["paper", "code"])
-@pytest.mark.parametrize("form", ["dense", "packed", "lengths", "batch_first", "unbatched"])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("loss", [at_the_end, everywhere])
-def test_penalty(variant: str, form: str, bidirectional: bool, loss: Loss) -> None:
-    """The value is the record's Ω, the gradient finite differences of the formula in W_hh with g and h constant."""
-    options = dict(bidirectional=bidirectional, dtype=torch.float64, batch_first=form == "batch_first")
-    rnn = rnnkern.RNN(3, 4, **options)
-    samples = [torch.randn(n, 3, dtype=torch.float64) for n in LENGTHS]
-    flow = rnnkern.watch(rnn)
-    lengths = None
-    if form in ("dense", "unbatched"):
-        x = torch.randn(6, 3, 3, dtype=torch.float64)
-        output, h_n = rnn(x[:, 0] if form == "unbatched" else x)
-        samples = [x[:, 0]] if form == "unbatched" else list(x.unbind(1))
-        value = loss([output], [h_n]) if form == "unbatched" else loss(output.unbind(1), h_n.unbind(1))
-    else:
-        output, h_n, lengths = run(rnn, samples, form)
-        value = loss(unpadded(output, form), h_n.unbind(1))
-    penalty = omega_penalty(rnn, value, output, h_n, lengths=lengths, variant=variant)
-    grads = torch.autograd.grad(penalty, list(rnn.parameters()), allow_unused=True, retain_graph=True)
-    named = {name: g for (name, _), g in zip(rnn.named_parameters(), grads)}
-    assert {name for name, g in named.items() if g is not None} == {n for n in named if "weight_hh" in n}
-    before = penalty.item()
-    (value + penalty).backward()  # the loss's own graph is still there
-    rec = read(flow, per_sample=True)
-    assert before == pytest.approx(read(flow).omega_by(variant).sum(), rel=1e-10)
-
-    # δ_{t+1} from the chain itself, by its product with perturbed weights: ‖δ W‖ with δ recomputed by autograd
-    for d, name in enumerate(["weight_hh_l0", "weight_hh_l0_reverse"][: 1 + bidirectional]):
-        deltas = true_deltas(rnn, samples, loss, d)
-
-        def formula(w: Tensor, deltas: list[tuple[Tensor, Tensor]] = deltas) -> Tensor:
-            ratios = [(delta[:-1] @ w).norm(dim=-1) / g[:-1] for delta, g in deltas]  # processed backwards
-            if variant == "paper":
-                return sum((q - 1).square().sum() for q in ratios) / sum(len(q) > 0 for q in ratios)
-            return (torch.cat(ratios).square() - 1).square().mean()
-
-        w = rnn.get_parameter(name).detach()
-        numeric, step = torch.zeros_like(w), 1e-6
-        for i in range(4):
-            for j in range(4):
-                bump = torch.zeros_like(w)
-                bump[i, j] = step
-                numeric[i, j] = (formula(w + bump) - formula(w - bump)) / (2 * step)
-        torch.testing.assert_close(named[name], numeric, rtol=1e-6, atol=1e-7)
-    assert rec.samples == (5 if lengths is not None or form == "packed" else 1 if form == "unbatched" else 3)
-
-
-def true_deltas(rnn: rnnkern.RNN, samples: list[Tensor], loss: Loss, d: int) -> list[tuple[Tensor, Tensor]]:
-    """δ_t (n, H) and ‖g_t‖ (n,) of each sample, from the last step that the direction takes to the first."""
-    plain = nn.RNN(3, 4, bidirectional=rnn.bidirectional, dtype=torch.float64)
-    plain.load_state_dict(rnn.state_dict())
-    states, finals, outputs = [], [], []
-    for x in samples:
-        per_direction, last = [], []
-        for k in range(1 + rnn.bidirectional):
-            end = "_l0" + ("_reverse" if k else "")
-            h, hs = torch.zeros(4, dtype=torch.float64), []
-            for x_t in reversed(x) if k else x:
-                a = plain.get_parameter("weight_ih" + end) @ x_t + plain.get_parameter("weight_hh" + end) @ h
-                a = a + plain.get_parameter("bias_ih" + end) + plain.get_parameter("bias_hh" + end)
-                h = torch.tanh(a)
-                a.retain_grad()
-                h.retain_grad()
-                hs.append((a, h))
-            if k == d:
-                states.append(hs)
-            last.append(h)
-            steps = [h for _, h in hs]
-            per_direction.append(torch.stack(steps[::-1] if k else steps))
-        finals.append(torch.stack(last))
-        outputs.append(torch.cat(per_direction, -1))
-    loss(outputs, finals).backward()
-    zero = torch.zeros(4, dtype=torch.float64)
-    return [
-        (
-            torch.stack([zero if a.grad is None else a.grad for a, _ in reversed(hs)]),
-            torch.stack([(zero if h.grad is None else h.grad).norm() for _, h in reversed(hs)]),
-        )
-        for hs in states
-    ]
-
-
-def test_penalty_moves_the_gain_towards_one() -> None:
-    rnn = rnnkern.RNN(3, 16)
-    x, optimizer = torch.randn(20, 4, 3), torch.optim.SGD([rnn.weight_hh_l0], lr=0.05)
-    values = []
-    for _ in range(30):
-        output, h_n = rnn(x)
-        penalty = omega_penalty(rnn, h_n.sum(), output, h_n)
-        values.append(penalty.item())
-        optimizer.zero_grad()
-        penalty.backward()
-        optimizer.step()
-    assert values[-1] < 0.2 * values[0]
-
-
-def test_penalty_of_vanished_and_absent_rows_is_a_number() -> None:
-    rnn = chain(0.01)
-    output, h_n = rnn(zeros(40))
-    penalty = omega_penalty(rnn, h_n.sum(), output, h_n)
-    assert penalty.item() == pytest.approx(6 * 0.99**2)  # G² falls below 1e-20 after six steps
-    penalty.backward()
-    assert rnn.weight_hh_l0.grad.isfinite().all()
-    output, h_n = rnn(zeros(1))
-    assert omega_penalty(rnn, h_n.sum(), output, h_n).item() == 0
-
-
-def test_penalty_under_autocast() -> None:
-    """Half precision goes into the chain alone: the value is the record's, which has float64 squares."""
-    rnn = rnnkern.RNN(3, 16)
-    flow = rnnkern.watch(rnn)
-    with torch.autocast("cpu", torch.bfloat16):
-        output, h_n = rnn(torch.randn(12, 4, 3))
-        loss = output.float().square().mean()
-        penalty = omega_penalty(rnn, loss, output, h_n)
-    assert output.dtype == torch.bfloat16 and penalty.dtype == torch.float32
-    (loss + penalty).backward()
-    assert penalty.item() == pytest.approx(read(flow).omega.item(), rel=2**-8)  # δ is rounded to bfloat16
-    assert rnn.weight_hh_l0.grad.dtype == torch.float32
-
-
-def test_penalty_errors() -> None:
-    rnn, x = rnnkern.RNN(3, 4), torch.randn(5, 2, 3)
-    output, h_n = rnn(x)
-    with pytest.raises(ValueError, match="variant must be"):
-        omega_penalty(rnn, output.sum(), output, variant="book")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="loss must depend on output or h_n"):
-        omega_penalty(rnn, rnn.weight_hh_l0.sum(), output, h_n)
-    for other, match in [
-        (rnnkern.RNN(3, 4, 2), "one layer, got num_layers=2"),
-        (rnnkern.RNN(3, 4, layer_norm="preactivation"), "neither layer_norm"),
-        (rnnkern.RNN(3, 4, recurrent_dropout=0.5), "neither layer_norm"),
-    ]:
-        output, h_n = other(x)
-        with pytest.raises(ValueError, match=match):
-            omega_penalty(other, output.sum(), output, h_n)
 
 
 # Saturation
