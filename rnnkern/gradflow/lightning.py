@@ -51,7 +51,8 @@ class GradientFlow(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._close()
-        self.flow, self._ended = watch(pl_module, self.every), 0
+        scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
+        self.flow, self._ended = watch(pl_module, self.every, scaler=scaler), 0
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         if self.flow is None or not trainer.is_global_zero or self.flow.steps == self._ended:
