@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,20 @@ def torchrun(*command: str) -> str:
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", *command)
 
 
+def of_ranks(directory: Path, start: Callable[..., str], script: str) -> list[dict[str, Any]]:
+    """What the ranks of a script have written there; one process of the tests runs it, the others wait."""
+    directory.mkdir(exist_ok=True)
+    files = [directory / f"rank{rank}.pt" for rank in range(WORLD)]
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(file.exists() for file in files):
+            start(script, str(directory))
+    return [torch.load(file, weights_only=False) for file in files]
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("gradflow")
-    torchrun(worker.__file__, str(directory))
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def answers(shared_path: Path) -> list[dict[str, Any]]:
+    return of_ranks(shared_path / "gradflow", torchrun, worker.__file__)
 
 
 def answer(answers: list[dict[str, Any]], case: str) -> list[Any]:
@@ -150,10 +161,8 @@ def test_needs_a_process_group() -> None:
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("lightning")
-    run(lightning_worker.__file__, str(directory))
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def logged(shared_path: Path) -> list[dict[str, Any]]:
+    return of_ranks(shared_path / "lightning", run, lightning_worker.__file__)
 
 
 def scalars(*steps: int, ranks: tuple[int, ...] = (0, 1)) -> dict[str, float]:
