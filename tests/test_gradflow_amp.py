@@ -218,6 +218,20 @@ def test_skipped_step_ends(optimizers: str, micro_batches: int, clipped: bool) -
     assert [bool(rec.nonfinite.any()) for rec in records] == overflows
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_of_two_optimizers_is_skipped(is_first: bool) -> None:
+    """Whichever ends the step: one step, and it is marked, though every norm is finite."""
+    model, scaler = Classifier(), scaled()
+    model.head.weight.register_hook(lambda grad: grad * torch.inf)
+    heads, rnns = SGD(model.head.parameters(), lr=0.1), SGD(model.rnn.parameters(), lr=0.1)
+    with rnnkern.watch(model, scaler=scaler) as flow:
+        for step in range(2):
+            train(model, scaler, [heads, rnns] if is_first else [rnns, heads], overflows=False)
+            rec = read(flow)
+            assert (rec.step, rec.skipped, rec.samples, flow.steps) == (step, True, 2, step + 1)
+            assert not rec.nonfinite.any()
+
+
 def test_unknown_before_the_optimizer() -> None:
     model, scaler = Classifier(), scaled()
     optimizer = SGD(model.parameters(), lr=0.1)
