@@ -32,7 +32,8 @@ def clip_from(records: ModuleRecord | Record | Sequence[ModuleRecord | Record], 
 
     Returns:
         The threshold, in units of L / h. With a loss that is a mean over the batch these are proportional to 1/B:
-        measure with the batch size that you train with.
+        measure with the batch size that you train with. Under a GradScaler the clamp meets scaled gradients: where the
+        records are of ``watch(scaler=)``, multiply by the scale.
 
     Raises:
         ValueError: quantile is not in (0, 1], or no sequence has a gradient that is finite and not zero.

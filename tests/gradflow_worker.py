@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from distributed_worker import Model, batches, sharded
 from torch import Tensor
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 import rnnkern
@@ -122,6 +123,31 @@ def other_layers() -> Any:
         return str(error)
 
 
+def other_scales() -> Any:
+    module = ModuleRecord("rnn", np.ones((3, 1, 1, 2, 1)), np.array([2]), scale=2.0 ** dist.get_rank())
+    try:
+        Record(0, ["rnn"], [module]).all_reduce()
+    except ValueError as error:
+        return str(error)
+
+
+def scaled() -> Any:
+    """The loss of one rank overflows in the second step: FSDP's scaler tells the other."""
+    model, scaler = sharded(Model()), ShardedGradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    found = []
+    with rnnkern.watch(model, scaler=scaler) as flow:
+        for step in range(2):
+            overflows = step == 1 and dist.get_rank() == 1
+            scaler.scale(loss(model, dist.get_rank()) * (torch.inf if overflows else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            record = flow.read(order="lag").all_reduce()
+            found.append((record.step, record.scale, record.skipped, content(record)))
+    return found
+
+
 def metric() -> Any:
     from rnnkern.gradflow import GradientNorm
 
@@ -136,7 +162,7 @@ def metric() -> Any:
 
 CASES = (
     ddp, ddp_per_sample, fsdp, summed, module_missing_on_rank_0, nothing_on_rank_1, a_group_of_one, other_steps,
-    other_layers, metric,
+    other_layers, other_scales, scaled, metric,
 )  # fmt: skip
 
 

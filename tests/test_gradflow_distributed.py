@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradflow_worker as worker
+import lightning_worker
 import numpy as np
 import pytest
 import torch
@@ -46,11 +49,20 @@ def torchrun(*command: str) -> str:
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", *command)
 
 
+def of_ranks(directory: Path, start: Callable[..., str], script: str) -> list[dict[str, Any]]:
+    """What the ranks of a script have written there; one process of the tests runs it, the others wait."""
+    directory.mkdir(exist_ok=True)
+    files = [directory / f"rank{rank}.pt" for rank in range(WORLD)]
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(file.exists() for file in files):
+            start(script, str(directory))
+    return [torch.load(file, weights_only=False) for file in files]
+
+
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("gradflow")
-    torchrun(worker.__file__, str(directory))
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def answers(shared_path: Path) -> list[dict[str, Any]]:
+    return of_ranks(shared_path / "gradflow", torchrun, worker.__file__)
 
 
 def answer(answers: list[dict[str, Any]], case: str) -> list[Any]:
@@ -117,6 +129,17 @@ def test_records_that_do_not_fit(answers: list[dict[str, Any]]) -> None:
         assert "got step 0 on rank 0, 1 on rank 1" in message
     for message in answer(answers, "other_layers"):
         assert "same (layers, directions) on every rank, got (1, 1) and (2, 1)" in message
+    for message in answer(answers, "other_scales"):
+        assert "got loss scale 1.0 on rank 0, 2.0 on rank 1" in message
+
+
+def test_loss_scale(answers: list[dict[str, Any]]) -> None:
+    """It is divided out; a step that the scaler has skipped is skipped on all ranks."""
+    for found in answer(answers, "scaled"):
+        assert [kept[:3] for kept in found] == [(0, 2.0**10, False), (1, 2.0**10, True)]
+        assert_same(found[0][3], one_process(order="lag"))
+        by_lag = np.isfinite(found[1][3]["rnn"][2]).any((0, 1))
+        assert by_lag.tolist() == [False] * 4 + [True] * 2  # the overflow of the rank whose sequences are shorter
 
 
 def test_metric_over_ranks(answers: list[dict[str, Any]]) -> None:
@@ -135,6 +158,57 @@ def test_metric_over_ranks(answers: list[dict[str, Any]]) -> None:
 def test_needs_a_process_group() -> None:
     with pytest.raises(RuntimeError, match="init_process_group"):
         one_process().all_reduce()
+
+
+@pytest.fixture(scope="module")
+def logged(shared_path: Path) -> list[dict[str, Any]]:
+    return of_ranks(shared_path / "lightning", run, lightning_worker.__file__)
+
+
+def scalars(*steps: int, ranks: tuple[int, ...] = (0, 1)) -> dict[str, float]:
+    """Of one process, whose loss is the mean over the ranks and over steps."""
+    model = lightning_worker.Trained()
+    parts = [(rank, step) for step in steps for rank in ranks]
+    with rnnkern.watch(model) as flow:
+        for rank, step in parts:
+            (model.loss(lightning_worker.batches(rank)[step]) / len(parts)).backward()
+    return flow.read().scalars()
+
+
+def test_lightning_logs_what_rank_0_has(logged: list[dict[str, Any]]) -> None:
+    (first, steps), (second, others) = answer(logged, "own")
+    assert second == [] and steps == others == lightning_worker.STEPS
+    assert [step for step, _ in first] == [1, 3]
+    for (_, found), step in zip(first, (0, 2), strict=True):
+        assert found == pytest.approx(scalars(step, ranks=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("all_ranks", {1: (0,), 3: (2,)}),
+        ("accumulated", {1: (0, 1), 2: (2, 3)}),
+        ("without_a_logger_on_rank_1", {1: (0,), 3: (2,)}),
+    ],
+)
+def test_lightning_logs_what_all_ranks_have(
+    logged: list[dict[str, Any]], case: str, expected: dict[int, tuple[int, ...]]
+) -> None:
+    (first, _), (second, _) = answer(logged, case)
+    assert second == []
+    assert [step for step, _ in first] == list(expected)
+    for (_, found), steps in zip(first, expected.values(), strict=True):
+        assert found == pytest.approx(scalars(*steps))
+
+
+def test_lightning_under_amp(logged: list[dict[str, Any]]) -> None:
+    """An overflow on one rank: a step on both, and what one process finds in the others."""
+    (first, seen), (_, others) = answer(logged, "overflow")
+    assert seen == others == [(0, 1024, False), (1, 1024, True), (2, 512, False), (3, 512, False)]
+    assert [step for step, _ in first] == [1, 2, 3, 4]
+    assert first[1][1]["gradflow/rnn/l0/nonfinite"] == lightning_worker.T * lightning_worker.SIZES[1]
+    for step in (0, 2, 3):
+        assert first[step][1] == pytest.approx(scalars(step))
 
 
 @pytest.mark.parametrize("batch", [6, 5], ids=["even", "uneven"])

@@ -103,6 +103,30 @@ def test_lightning_fails(package: Any, tmp_path: Path) -> None:
     assert "closed" in repr(callback.flow) and model.net.rnn.tap is None
 
 
+@PACKAGES
+def test_lightning_finds_the_scaler(package: Any, tmp_path: Path) -> None:
+    """A scale that is searched from 2**40: each batch is a step, whether it was skipped or not."""
+    callback, one = GradientFlow(every=1, all_ranks=True), logger(package)  # alone it is all ranks
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-16)
+    plugin = package.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)
+    trainer(package, tmp_path, callbacks=[callback], logger=one, plugins=[plugin]).fit(module(package), data())
+    mine = [
+        (step, found["gradflow/net.rnn/l0/nonfinite"])
+        for step, found in one.logged
+        if "gradflow/net.rnn/l0/zeros" in found
+    ]
+    assert [step for step, _ in mine] == [1, 2, 3, 4, 5, 6]
+    assert mine[0][1] > 0 and mine[-1][1] == 0
+    assert (read(callback.flow).step, read(callback.flow).skipped) == (5, False)
+    assert read(callback.flow).scale == scaler.get_scale() < 2.0**40
+    assert "step" not in vars(scaler)
+
+
+def test_lightning_ranks_must_agree() -> None:
+    with pytest.raises(ValueError, match="every must be an int with all_ranks=True"):
+        GradientFlow(every=lambda step: True, all_ranks=True)
+
+
 def test_lightning_callback_is_pickled_without_its_flow() -> None:
     callback, model = GradientFlow(every=3), Classifier()
     callback.on_fit_start(None, model)

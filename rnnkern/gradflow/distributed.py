@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -37,7 +38,7 @@ def all_reduce(record: Record | None, group: dist.ProcessGroup | None = None, av
     Raises:
         RuntimeError: torch.distributed is not initialised.
         ValueError: this rank is not in the group; records of different steps, or modules of one name with other layers
-            or directions (on every rank, so that none waits for another).
+            or directions, or other loss scales (on every rank, so that none waits for another).
 
     What travels is CPU data, by way of the current CUDA device with a group that has NCCL alone: call
     ``torch.cuda.set_device`` first, as always with NCCL.
@@ -49,10 +50,8 @@ def all_reduce(record: Record | None, group: dist.ProcessGroup | None = None, av
     present = {rank: sent for rank, sent in enumerate(ranks) if sent is not None}
     if not present:
         return None
-    steps = {step for step, _, _ in present.values()}
-    if len(steps) > 1:
-        found = ", ".join(f"{step} on rank {rank}" for rank, (step, _, _) in present.items())
-        raise ValueError(f"records must be of one step, got step {found}; a rank that has none for it passes None")
+    step = _same("step", {rank: step for rank, (step, _, _) in present.items()})
+    _same("loss scale", {rank: parts[0].scale for rank, (_, _, parts) in present.items() if parts})
     watched = list(dict.fromkeys(name for _, names, _ in present.values() for name in names))
     everyone = [part for _, _, parts in present.values() for part in parts]
     like = own[2][0] if own else everyone[0]
@@ -61,7 +60,16 @@ def all_reduce(record: Record | None, group: dist.ProcessGroup | None = None, av
         parts = [part for part in everyone if part.name == name]
         if parts:
             records.append(_joined(parts, like, len(ranks) if averaged else 1))
-    return Record(steps.pop(), watched, records)
+    return Record(step, watched, records)
+
+
+def _same(what: str, of_ranks: dict[int, Any]) -> Any:
+    """What all ranks have in common."""
+    values = set(of_ranks.values())
+    if len(values) > 1:
+        found = ", ".join(f"{value} on rank {rank}" for rank, value in of_ranks.items())
+        raise ValueError(f"records must be of one {what}, got {what} {found}; a rank that has no record passes None")
+    return next(iter(values), None)
 
 
 def _gathered(own: Sent | None, group: dist.ProcessGroup | None) -> list[Sent | None]:
@@ -84,6 +92,14 @@ def _joined(parts: Sequence[ModuleRecord], like: ModuleRecord, share: int) -> Mo
     T = max(part.squares.shape[3] for part in parts)
     padded = [np.pad(part.squares, (*[(0, 0)] * 3, (0, T - part.squares.shape[3]), (0, 0))) for part in parts]
     squares, lengths = np.concatenate(padded, 4) / share**2, np.concatenate([part.lengths for part in parts])
+    skipped = {part.skipped for part in parts}
     return ModuleRecord(
-        name, squares, lengths, order=like.order, per_sample=like.per_sample, is_gated=parts[0].is_gated
+        name,
+        squares,
+        lengths,
+        order=like.order,
+        per_sample=like.per_sample,
+        is_gated=parts[0].is_gated,
+        scale=parts[0].scale,
+        skipped=True if True in skipped else None if None in skipped else False,
     )

@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
+from torch.amp import GradScaler
 
-from rnnkern.gradflow import gated
+from rnnkern.gradflow import gated, scaling
 from rnnkern.gradflow.history import History
 from rnnkern.gradflow.record import ModuleRecord, Order, Record
 from rnnkern.gradflow.recorder import Recorder, close_recorder, open_recorder
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def watch(
-    model: nn.Module, every: int | Callable[[int], bool] = 1, keep: int = 1, *, cell_states: bool = False
+    model: nn.Module,
+    every: int | Callable[[int], bool] = 1,
+    keep: int = 1,
+    *,
+    cell_states: bool = False,
+    scaler: GradScaler | None = None,
 ) -> Flow:
     """Record ‖∂L/∂h_t‖ of every recurrent module in ``model`` while it trains; the training loop stays as it is.
 
@@ -41,13 +47,17 @@ def watch(
         keep: how many sampled steps stay on the device for :meth:`Flow.history`, for loops that read rarely. Of more
             than 1 GiB the oldest go first.
         cell_states: record ‖∂L/∂c_t‖ of every LSTM too, as a module of its own: ``record["lstm.c"]``.
+        scaler: the GradScaler that scales the loss, of any kind (``torch.amp``, FSDP's ShardedGradScaler). The scale at
+            each backward is then divided out of the norms, and a step that the scaler skips ends like any other and is
+            marked: ``Record.skipped``. Without it norms carry the scale, and what comes after a skipped step still
+            belongs to it.
 
     Returns:
         The :class:`Flow` to read from. It is a context manager. The watching ends with ``close()``, with the ``with``
         block, or when nobody holds the Flow any more. Copies and pickles of a watched model are not watched.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``scaler`` not a torch.amp.GradScaler.
         ValueError: there is no recurrent module in it, one is already watched, ``every`` is neither a positive int
             nor callable, or ``keep`` is not a positive int.
 
@@ -72,6 +82,8 @@ def watch(
         raise ValueError(f"every must be a positive int or a callable(step) -> bool, got {every!r}")
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ValueError(f"keep must be a positive int, got {keep!r}")
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
     modules = {name or "rnn": m for name, m in model.named_modules() if isinstance(m, RNN) or gated.is_served(m)}
     if not modules:
         raise ValueError(
@@ -81,7 +93,7 @@ def watch(
     for name, module in modules.items():
         if gated.is_watched(module) if not isinstance(module, RNN) else module.tap is not None:
             raise ValueError(f"{name!r} is already watched: close() the earlier Flow first")
-    return Flow(model, modules, every, keep, cell_states)
+    return Flow(model, modules, every, keep, cell_states, scaler)
 
 
 class Flow:
@@ -91,7 +103,8 @@ class Flow:
     micro-batches, repeated forwards and several losses are rows of one record: their squares add. A step counts only
     if a watched module has run forward (with gradients) since the last one, so two optimizers that step one after the
     other count once. Optimizers of torch.optim are noticed by themselves; any other loop calls :meth:`step`. Where a
-    GradScaler skips a step, the next iteration still belongs to it; norms carry the scale of the loss.
+    GradScaler skips a step, it ends all the same, if :func:`watch` knows the scaler; if not, the next iteration still
+    belongs to it.
 
     A forward belongs to the step in which it ran; its gradients go there whenever its backward comes. Two backwards
     through one graph (``retain_graph=True``) add their squares in the rows of its one forward.
@@ -111,6 +124,7 @@ class Flow:
         every: int | Callable[[int], bool],
         keep: int,
         cell_states: bool,
+        scaler: GradScaler | None,
     ) -> None:
         self._every = every
         self._curves = History()
@@ -122,7 +136,7 @@ class Flow:
             shapes.update(dict.fromkeys(names, _shape(module)))
             if gated.has_gates(module):
                 self._gated.update(names)
-        self._recorder = Recorder(model, shapes, every, keep)
+        self._recorder = Recorder(model, shapes, every, keep, scaler)
         for name, module in modules.items():
             if isinstance(module, RNN):
                 module.tap = ModuleTaps(self._recorder, name, module._weights()[0][1].device)
@@ -197,13 +211,15 @@ class Flow:
         if order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(map(repr, get_args(Order)))}, got {order!r}")
         records = []
-        for index, squares in self._recorder.read(newest):
+        for step in self._recorder.read(newest):
+            scale, skipped = scaling.on_host(step.scale), step.outcome.skipped()
+            options: dict[str, Any] = dict(order=order, per_sample=per_sample, scale=scale, skipped=skipped)
             modules = [
-                ModuleRecord(name, *s, order=order, per_sample=per_sample, is_gated=name in self._gated)
-                for name, s in squares.items()
+                ModuleRecord(name, *squares, is_gated=name in self._gated, **options)
+                for name, squares in step.squares(self._recorder.modules).items()
             ]
-            records.append(Record(index, self.modules, modules))
-            self._curves.add(records[-1])
+            records.append(Record(step.index, self.modules, modules))
+            self._curves.add(records[-1], step.outcome)
         return records
 
     def plot(self, module: str | None = None, ax: Axes | Sequence[Axes] | None = None) -> Figure:
@@ -213,7 +229,8 @@ class Flow:
         square of ‖∂L/∂h‖ over the samples, relative to the largest of the same training step, on a scale that is the
         same in every picture: -12 to 0, and less is as dark as -12. So neither the batch size nor the scale of the
         loss matter. What is exactly 0 (underflow, or no way from the loss to there), what is not finite, and lags that
-        a step does not have stand out in colours of their own. The white line is :attr:`ModuleRecord.horizon`.
+        a step does not have stand out in colours of their own. The white line is :attr:`ModuleRecord.horizon`. A mark
+        above a column says that the GradScaler has skipped the step.
 
         Args:
             module: the name of one; None draws all.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rnnkern.gradflow.scaling import Outcome
 
 if TYPE_CHECKING:
     from rnnkern.gradflow.record import Ints, Record
@@ -16,6 +18,13 @@ Curves = NDArray[np.float32]
 #: Steps that are kept, and bytes of their curves. Beyond either every second step goes, all over the run.
 MAX_COLUMNS = 2000
 MAX_BYTES = 64 << 20
+
+
+class Column(NamedTuple):
+    """One training step."""
+
+    curves: dict[str, Curves]  # module -> (layers, directions, T)
+    outcome: Outcome  # it may have been read before the optimizer's step
 
 
 class History:
@@ -29,18 +38,21 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[int, dict[str, Curves]] = {}  # step -> module -> (layers, directions, T)
+        self._columns: dict[int, Column] = {}  # by step
         self.gap = 1
 
-    def add(self, record: Record) -> None:
-        """Take the curves of all modules in a record; (step, sample) rows that are exactly 0 give -inf."""
-        column = {}
+    def add(self, record: Record, outcome: Outcome | None = None) -> None:
+        """Take the curves of all modules in a record; (step, sample) rows that are exactly 0 give -inf.
+
+        ``outcome`` is that of the step; None takes what the record says.
+        """
+        curves = {}
         for name in record.modules:
             norms = dataclasses.replace(record[name], per_sample=False).rms_by_lag
             with np.errstate(divide="ignore"):
-                column[name] = np.log10(norms).astype(np.float32)
+                curves[name] = np.log10(norms).astype(np.float32)
         is_newest = not self._columns or record.step >= max(self._columns)
-        self._columns[record.step] = column
+        self._columns[record.step] = Column(curves, outcome or Outcome(record.skipped))
         if not is_newest:  # from a ring: older than what was read before
             self._columns = dict(sorted(self._columns.items()))
         self._thin()
@@ -53,6 +65,11 @@ class History:
         """The numbers of the steps that are kept, rising."""
         return list(self._columns)
 
+    @property
+    def skipped(self) -> list[int]:
+        """Those of them that a GradScaler has skipped, by what is known now; waits for the device."""
+        return [step for step, column in self._columns.items() if column.outcome.skipped()]
+
     def curves(self, module: str) -> tuple[Ints, Curves, NDArray[np.bool_]]:
         """What is known of a module, as a picture with a column for each of its N steps.
 
@@ -60,8 +77,8 @@ class History:
             The steps' numbers (N,); log10 of the root mean square (layers, directions, lags, N), where -inf says that
             the gradient was exactly 0, and inf or NaN that it was not finite; whether the step has the lag (lags, N).
         """
-        steps = [step for step, column in self._columns.items() if module in column]
-        columns = [self._columns[step][module] for step in steps]
+        steps = [step for step, column in self._columns.items() if module in column.curves]
+        columns = [self._columns[step].curves[module] for step in steps]
         if not columns:
             return np.zeros(0, np.int64), np.zeros((1, 1, 0, 0), np.float32), np.zeros((0, 0), np.bool_)
         lengths = np.array([c.shape[2] for c in columns])
@@ -71,7 +88,7 @@ class History:
         return np.array(steps, np.int64), values, np.arange(lengths.max())[:, None] < lengths
 
     def _is_full(self) -> bool:
-        size = sum(curves.nbytes for column in self._columns.values() for curves in column.values())
+        size = sum(curves.nbytes for column in self._columns.values() for curves in column.curves.values())
         return len(self._columns) > MAX_COLUMNS or size > MAX_BYTES
 
     def _thin(self) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from rnnkern.gradflow.distributed import all_reduce
 from rnnkern.gradflow.flow import Flow, watch
+from rnnkern.gradflow.record import Record
 
 
 def _callback() -> Any:
@@ -30,10 +32,17 @@ class GradientFlow(Callback):
     """Watches the model while it is fitted, and logs the scalars of each sampled step to every logger of the trainer.
 
     Every rank watches; rank 0 logs its own record, without a collective. A step is logged once it has ended, so that
-    the micro-batches of gradient accumulation are in one record. ``trainer.global_step`` is where it is put.
+    the micro-batches of gradient accumulation are in one record. ``trainer.global_step`` is where it is put. The
+    GradScaler of the trainer's precision plugin, where it has one, is that of the watching.
 
     Args:
         every: which steps are sampled, as in :func:`rnnkern.watch`.
+        all_ranks: log the record of all ranks' samples, with DDP and FSDP: rank 0 logs, and all ranks meet in
+            :func:`rnnkern.gradflow.all_reduce` after each step that is sampled. They agree on it without a word, by the
+            trainer's own count of steps, so each rank must run the watched modules in every step.
+
+    Raises:
+        ValueError: all_ranks with an ``every`` that is callable: ranks might answer differently, and wait for ever.
 
     Attributes:
         flow: the Flow; None before the first fit. It is closed after the fit, and can still be read.
@@ -43,22 +52,52 @@ class GradientFlow(Callback):
         Trainer(callbacks=[rnnkern.gradflow.GradientFlow(every=50)]).fit(model, data)
     """
 
-    def __init__(self, every: int | Callable[[int], bool] = 50) -> None:
+    def __init__(self, every: int | Callable[[int], bool] = 50, *, all_ranks: bool = False) -> None:
         super().__init__()
-        self.every = every
+        if all_ranks and callable(every):
+            raise ValueError("every must be an int with all_ranks=True: all ranks must sample the same steps")
+        self.every, self.all_ranks = every, all_ranks
         self.flow: Flow | None = None
-        self._ended = 0
+        self._ended = 0  # steps of the flow; with all_ranks of the trainer, which are the same on every rank
+        self._global_step = 0
+        self._sent: int | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._close()
-        self.flow, self._ended = watch(pl_module, self.every), 0
+        scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
+        self.flow, self._ended, self._sent = watch(pl_module, self.every, scaler=scaler), 0, None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._global_step = trainer.global_step  # a fit may go on where another has ended
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        if self.flow is None or not trainer.is_global_zero or self.flow.steps == self._ended:
+        if self.flow is None:
             return
-        self._ended = self.flow.steps
-        if trainer.loggers:
-            self.flow.log(_All(trainer.loggers), trainer.global_step)
+        if self.all_ranks and trainer.world_size > 1:
+            self._log_all_ranks(self.flow, trainer)
+        elif trainer.is_global_zero and self.flow.steps != self._ended:
+            self._ended = self.flow.steps
+            if trainer.loggers:
+                self.flow.log(_All(trainer.loggers), trainer.global_step)
+
+    def _log_all_ranks(self, flow: Flow, trainer: Any) -> None:
+        """Whether to meet depends on nothing that one rank alone knows."""
+        if trainer.global_step == self._global_step:
+            return
+        self._global_step = trainer.global_step
+        step, self._ended = self._ended, self._ended + 1
+        assert isinstance(self.every, int)
+        if step % self.every == 0:
+            record = all_reduce(self._unsent(flow))
+            if record is not None and trainer.is_global_zero:
+                _All(trainer.loggers).log_metrics(record.scalars(), trainer.global_step)
+
+    def _unsent(self, flow: Flow) -> Record | None:
+        record = flow.read()
+        if record is None or record.step == self._sent:
+            return None
+        self._sent = record.step
+        return record
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._close()

@@ -17,6 +17,7 @@ try:
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.markers import CARETDOWN
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 SCALE = (-12.0, 0.0)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito: for every colour vision
 ZERO, NONFINITE = "#9a9a9a", "#e0218a"  # neither is on the scale, which goes from dark violet to yellow
+SKIPPED: dict[str, Any] = dict(linestyle="", marker=CARETDOWN, markersize=5, color=COLOURS[4])  # points at its column
 MARKS = {"exactly 0": "|", "not finite": "x"}
 AXIS = {
     "processing": "time step, in the order of processing",
@@ -111,8 +113,13 @@ def heat_map(history: History, modules: Sequence[str], ax: Axes | Sequence[Axes]
     figure = axes[0].get_figure(root=True)
     assert figure is not None
     counts = {"exactly 0": 0, "not finite": 0, "no such lag": 0}
+    skipped = np.array(history.skipped, np.int64)
     for panel, (label, steps, values, exists) in zip(axes, panels):
         image = _draw(panel, steps, values, exists, counts)
+        at = np.intersect1d(skipped, steps)
+        if at.size:
+            top = panel.get_xaxis_transform()
+            panel.plot(at, np.ones(len(at)), transform=top, clip_on=False, in_layout=False, gid="skipped", **SKIPPED)
         panel.set_title(label, loc="left", fontsize="medium", parse_math=False)
         panel.set_ylabel("lag (time steps)")
     axes[-1].set_xlabel("training step")
@@ -129,6 +136,9 @@ def heat_map(history: History, modules: Sequence[str], ax: Axes | Sequence[Axes]
         for what, count in counts.items()
         if count
     ]
+    if skipped.size:
+        steps_of = f"{skipped.size} step{'s' if skipped.size > 1 else ''}"
+        handles.append(Line2D([], [], label=f"skipped by the GradScaler ({steps_of})", **SKIPPED))
     style: dict[str, Any] = dict(handles=handles, fontsize="small", facecolor="#404040", labelcolor="white")
     if is_ours:
         figure.legend(loc="outside lower center", ncols=2, **style)

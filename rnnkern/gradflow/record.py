@@ -60,6 +60,8 @@ class ModuleRecord(Analysis):
         rounding: relative error of ‖g‖², for what is a difference of squares.
         is_gated: whether the module has gates (LSTM, GRU). δ is then the gradient at the arguments of all of them, and
             the two factors of the gain are not defined.
+        scale: the loss scale that was divided out of ``squares``, as its square; of several the last.
+        skipped: whether the GradScaler skipped the step; None where that is not known.
     """
 
     name: str
@@ -70,6 +72,8 @@ class ModuleRecord(Analysis):
     direct_squares: Floats | None = None
     rounding: float = ROUNDING
     is_gated: bool = False
+    scale: float = 1.0
+    skipped: bool | None = None
 
     @property
     def samples(self) -> int:
@@ -191,7 +195,7 @@ class ModuleRecord(Analysis):
             ValueError: they do not have the layers, directions, samples or lengths of the record.
         """
         L, D, T = self.squares.shape[1:4]
-        parts = [g.squares() for g in gradients]
+        parts = [g.squares() / np.square(self.scale) for g in gradients]
         lengths = np.concatenate([g.lengths for g in gradients]) if gradients else np.zeros(0, np.int64)
         fits = all(p.shape[:2] == (L, D) and p.shape[2] <= T for p in parts)
         if not fits or not np.array_equal(lengths, self.lengths):
@@ -236,10 +240,17 @@ class Record:
     Attributes:
         step: the number of the step, counted from when the watching began.
         modules: names of the modules that have statistics, in the model's order.
+        scale: the loss scale that was divided out of the norms; 1 where ``watch(scaler=)`` was given no GradScaler, or
+            one that does not scale. Where it has changed within a step, as from chunk to chunk of a sequence, each
+            backward has its own divided out, and this is the last.
+        skipped: whether the GradScaler skipped the step, of any optimizer of the model and in any chunk of a sequence.
+            None where that is not known: ``scaler.step`` is still to come, or there is no scaler.
     """
 
     def __init__(self, step: int, watched: Sequence[str], records: Sequence[ModuleRecord]) -> None:
         self.step = step
+        self.scale = records[0].scale if records else 1.0
+        self.skipped = records[0].skipped if records else None
         self.modules = tuple(record.name for record in records)
         self._watched = tuple(watched)
         self._records = {record.name: record for record in records}
@@ -249,7 +260,8 @@ class Record:
         from rnnkern.gradflow import plots
 
         axes = plots.curves(list(self._records.values()), ax)
-        axes.set_title(f"Gradient at each time step, training step {self.step}", loc="left")
+        title = f"Gradient at each time step, training step {self.step}"
+        axes.set_title(title + (", skipped" if self.skipped else ""), loc="left")
         return axes
 
     def __getitem__(self, name: str) -> ModuleRecord:
@@ -297,7 +309,7 @@ class Record:
         return record
 
     def __repr__(self) -> str:
-        lines = [f"step {self.step}", table.HEADER]
+        lines = [", ".join([f"step {self.step}", *table.scaling(self)]), table.HEADER]
         for record in self._records.values():
             lines += table.rows(dataclasses.replace(record, per_sample=False))
         lines += [f"{name}: no gradient has reached it" for name in self._watched if name not in self._records]

@@ -21,8 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
+
+from rnnkern.gradflow import scaling
 
 #: of one module in one step: squares (3, layers, directions, T, B) float64 in input order, lengths (B,) int64
 Squares = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -47,12 +50,19 @@ class Forward:
     unsorted_indices: Tensor | None  # (B,) int64
     chunk: int = 0  # of its sequence, where the step is one
     stats: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # layer, direction -> (3, T, B)
+    scale: Tensor | None = None  # of the loss whose statistics these are, ()
 
     def lengths(self) -> NDArray[np.int64]:
         """Steps that each sample has, (B,), in the order of the statistics' rows."""
         if self.batch_sizes is None:
             return np.full(self.B, self.T, np.int64)
         return (self.batch_sizes.numpy()[:, None] > np.arange(self.B)).sum(0, dtype=np.int64)
+
+    def alike(self, stats: Tensor, scale: Tensor | None) -> Tensor:
+        """Statistics of a backward whose loss had that scale, as they add to those of the first backward."""
+        if not self.stats:
+            self.scale = scale
+        return scaling.converted(stats, scale, self.scale)
 
 
 @dataclass(eq=False)
@@ -68,10 +78,13 @@ class Step:
     bytes: int = 0
     received: list[Forward] = field(default_factory=list)
     opened: list[Forward] = field(default_factory=list)  # all of a sequence: those without statistics take their time
+    scale: Tensor | None = None  # of the newest backward's loss, ()
+    outcome: scaling.Outcome = field(default_factory=scaling.Outcome)
     on_host: dict[str, Squares] | None = None
 
-    def receive(self, forward: Forward, layer: int, direction: int, stats: Tensor) -> None:
+    def receive(self, forward: Forward, layer: int, direction: int, stats: Tensor, scale: Tensor | None) -> None:
         """Statistics (3, T, B) of one backward; a second backward through the same forward adds its squares."""
+        stats, self.scale = forward.alike(stats, scale), scale
         if not forward.stats:
             self.received.append(forward)
         earlier = forward.stats.get((layer, direction))
@@ -80,8 +93,9 @@ class Step:
         forward.stats[layer, direction] = stats if earlier is None else earlier + stats
         self.on_host = None
 
-    def receive_at(self, forward: Forward, t: int, stats: Tensor) -> None:
+    def receive_at(self, forward: Forward, t: int, stats: Tensor, scale: Tensor | None) -> None:
         """Statistics (3, B) of one time step of a forward that grows step by step; later squares add."""
+        stats, self.scale = forward.alike(stats, scale), scale
         whole = forward.stats.get((0, 0))
         if whole is None or whole.shape[1] <= t:
             grown = stats.new_zeros(3, forward.T, forward.B)
@@ -116,8 +130,11 @@ def _joined(forwards: list[Forward], layers: int, directions: int) -> Squares:
         start, end = end, end + f.B
         order = slice(None) if f.unsorted_indices is None else f.unsorted_indices.cpu().numpy()
         lengths[start:end] = f.lengths()[order]
+        scale = np.float64(scaling.on_host(f.scale))
         for (layer, direction), stats in f.stats.items():
-            squares[:, layer, direction, : stats.shape[1], start:end] = stats.cpu().numpy()[:, :, order]
+            with np.errstate(invalid="ignore", divide="ignore"):  # a scale may have fallen to 0
+                unscaled = stats.cpu().numpy()[:, :, order] / np.square(scale)
+            squares[:, layer, direction, : stats.shape[1], start:end] = unscaled
     return _frozen(squares, lengths)
 
 
@@ -149,6 +166,7 @@ class Recorder:
         step: what is open now.
         has_forward: whether a watched module has run forward in it.
         key: by which operators find it in ``recorders``.
+        loss_scale: of the scaler that the user has named.
         held: forwards of compiled graphs, by the handle that the graph has.
         last_handle: of the newest of them, () int64.
     """
@@ -159,8 +177,10 @@ class Recorder:
         modules: dict[str, tuple[int, int]],  # name -> (layers, directions)
         every: int | Callable[[int], bool],
         keep: int = 1,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.modules = modules
+        self.loss_scale = scaling.LossScale(scaler)
         self.keep = keep
         self.model_name = type(model).__name__
         self.index = 0
@@ -168,6 +188,7 @@ class Recorder:
         self._model = weakref.ref(model)
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those known to train the model
         self._kept: list[Step] = []  # those that have statistics, oldest first
+        self._ended: scaling.Outcome | None = None  # of the step before this one, where that was recorded
         self._has_stepped = self._was_read = self._warned = False
         self._chunk: int | None = None  # of the sequence that is open
         self.held: OrderedDict[int, tuple[Step, Forward]] = OrderedDict()
@@ -221,12 +242,12 @@ class Recorder:
 
     def receive(self, step: Step, forward: Forward, layer: int, direction: int, stats: Tensor) -> None:
         """Statistics (3, T, B) of one backward through that forward."""
-        step.receive(forward, layer, direction, stats)
+        step.receive(forward, layer, direction, stats, self.loss_scale.now())
         self._has_received(step)
 
     def receive_at(self, step: Step, forward: Forward, t: int, stats: Tensor) -> None:
         """Statistics (3, B) of one backward through time step t of that growing forward."""
-        step.receive_at(forward, t, stats)
+        step.receive_at(forward, t, stats, self.loss_scale.now())
         self._has_received(step)
 
     def _has_received(self, step: Step) -> None:
@@ -240,6 +261,15 @@ class Recorder:
         self._has_stepped = True
         if self._chunk is None:
             self._begin_next()
+
+    def outcome(self) -> scaling.Outcome | None:
+        """Of the step whose gradients an optimizer takes now: the open one, or the last, which another has ended.
+
+        None where it is not recorded.
+        """
+        if not self.has_forward:
+            return self._ended
+        return self.step.outcome if self.step.forwards else None
 
     def begin_sequence(self) -> None:
         """All that comes until end_sequence is one step, in chunks that follow one another in time."""
@@ -261,10 +291,10 @@ class Recorder:
         self._has_stepped = True
         self._begin_next()
 
-    def read(self, newest: int = 1) -> list[tuple[int, dict[str, Squares]]]:
-        """Numbers and statistics of so many of the steps that have some, oldest first."""
+    def read(self, newest: int = 1) -> list[Step]:
+        """So many of the steps that have statistics, oldest first."""
         self.newest()
-        return [(step.index, step.squares(self.modules)) for step in self._kept[-newest:]]
+        return self._kept[-newest:]
 
     def newest(self) -> int | None:
         """Number of the newest step that has statistics; for loops that never step it counts as a read."""
@@ -289,6 +319,7 @@ class Recorder:
     def _begin_next(self) -> None:
         self._was_read = False
         if self.has_forward:
+            self._ended = self.outcome()
             self.index += 1
             self._open_step()
 
@@ -320,6 +351,7 @@ def open_recorder(recorder: Recorder) -> None:
     """Tell the recorder of its optimizers' steps from now on."""
     global _hook
     _open.add(recorder)
+    scaling.listen(recorder)
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_optimizer_stepped)
 
@@ -328,6 +360,7 @@ def close_recorder(recorder: Recorder) -> None:
     """Tell it no more."""
     global _hook
     _open.discard(recorder)
+    scaling.forget(recorder)
     if not _open and _hook is not None:
         _hook.remove()
         _hook = None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rnnkern.gradflow import plots  # says what to install, where matplotlib is missing
+from rnnkern.gradflow import plots, table  # plots says what to install, where matplotlib is missing
 from rnnkern.gradflow.history import History
 from rnnkern.gradflow.record import ModuleRecord, Record
 
@@ -78,6 +78,7 @@ def page(
         step=record.step,
         watched=[_described(name, record) for name in watched],
         sampled=_sampled(every, steps, history.steps),
+        scaling=", ".join(table.scaling(record)),
         paper=PAPER,
         verdict=[] if verdict is None else [_split(line) for line in str(verdict()).splitlines()],
         modules=[{"name": m.name, "T": m.squares.shape[3], "samples": m.samples, "rows": _rows(m)} for m in modules],
@@ -94,7 +95,8 @@ def page(
                 f"Heat map of {name}: log10 norm by lag and training step",
                 f"{name}: each column is the curve of one training step, seen from above. The brightest is the largest "
                 "norm of its step, the darkest at most a trillionth of it; the scale is the same in every report. "
-                "Up to the white line, the memory horizon, at least 1/1000 of the norm at lag 0 arrives.",
+                "Up to the white line, the memory horizon, at least 1/1000 of the norm at lag 0 arrives."
+                + (" A mark on top says that the GradScaler skipped the step." if history.skipped else ""),
             )
             for name in watched
             if len(history.curves(name)[0])

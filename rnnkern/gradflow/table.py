@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from rnnkern.gradflow.record import Floats, ModuleRecord
+    from rnnkern.gradflow.record import Floats, ModuleRecord, Record
 
 WIDTH = 24  # of a curve, in characters
 BARS = "▁▂▃▄▅▆▇█"
 HEADER = (
     f"{'':<12}{'log10 first':>12}{'log10 last':>12}{'slope':>9}{'horizon':>9}{'zeros':>8}{'nonfinite':>10}  first→last"
 )
+
+
+def scaling(record: Record) -> list[str]:
+    """What a GradScaler has done to the step, in words; empty without one."""
+    return [
+        *(["skipped by the GradScaler"] if record.skipped else []),
+        *([f"loss scale {record.scale:.10g} divided out"] if record.scale != 1 else []),
+    ]
 
 
 def rows(record: ModuleRecord) -> list[str]:

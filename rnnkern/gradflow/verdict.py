@@ -1,7 +1,8 @@
 """A record in plain words: how far back it learns, what takes the gradient away, which symptoms show, what helps.
 
 Every sentence follows from figures of the record, and says so where they allow none: only a loss at the end shows how
-far back a gradient reaches. Absolute sizes mean nothing, as losses may be scaled; but for one limit, PLATEAU.
+far back a gradient reaches. Absolute sizes mean nothing, as losses may be multiplied by anything; but for one limit,
+PLATEAU. Where numbers end, they do so with the GradScaler's scale in them, which the record has divided out.
 """
 
 from __future__ import annotations
@@ -86,13 +87,14 @@ def judge(records: Sequence[ModuleRecord], needs: int | None = None) -> Verdict:
     sentences: list[str] = []
     symptoms: list[Symptom] = []
     known = True
+    sentences += _skipped(records)
     for record in records:
         layers, directions = record.squares.shape[1:3]
         chains = [Chain.of(record, layer, d, needs) for layer in range(layers) for d in range(directions)]
         for chain in chains:
             sentences += [f"{chain.where}: {' '.join(_sentences(chain))}"]
             symptoms += _symptoms(chain)
-            known &= chain.is_reach
+            known &= chain.is_reach and not chain.nonfinite
         symptoms += _depth(record, chains)
     if not symptoms:
         sentences.append("No symptom." if known else "No symptom among those that these figures can show.")
@@ -125,6 +127,13 @@ class Chain:
     direct_share: float  # median over the steps at which gradient enters, where it is known
     cosine: float
     is_gated: bool
+    scale: float  # that the numbers had while they were computed
+    skipped: bool | None
+
+    @property
+    def is_overflow(self) -> bool:
+        """Whether what is not finite is the work of a loss scale that is still searched."""
+        return bool(self.nonfinite) and self.scale > 1 and self.skipped is not False
 
     @property
     def needed(self) -> int:
@@ -165,7 +174,20 @@ class Chain:
             direct_share=_median(shares[shares > 0]),
             cosine=_median(record.cosine[at]),
             is_gated=record.is_gated,
+            scale=record.scale,
+            skipped=record.skipped,
         )
+
+
+def _skipped(records: Sequence[ModuleRecord]) -> Iterator[str]:
+    record = next((record for record in records if record.skipped), None)
+    if record is None:
+        return
+    skipped = f"The GradScaler skipped this step: gradients were not finite at a scale of {record.scale:.10g}"
+    if record.scale > 1:
+        yield f"{skipped}. It goes on with a lower one: while it searches for the highest that fits this is no symptom."
+    else:
+        yield f"{skipped}, which is not what makes them so."
 
 
 def _sentences(c: Chain) -> Iterator[str]:
@@ -174,6 +196,8 @@ def _sentences(c: Chain) -> Iterator[str]:
         return
     if c.nonfinite:
         yield f"{c.nonfinite} of {c.rows} norms are not finite, so nothing can be said of how far back it learns."
+        if c.is_overflow and not c.skipped:
+            yield f"With a loss scale of {c.scale:.10g} that is no symptom: a GradScaler skips the step and lowers it."
     elif c.zeros == c.rows:
         yield "no gradient arrives."
         return
@@ -229,7 +253,7 @@ def _one_step_back(c: Chain) -> str:
 
 
 def _symptoms(c: Chain) -> Iterator[Symptom]:
-    if c.nonfinite:
+    if c.nonfinite and not c.is_overflow:
         yield _nonfinite(c)
     if c.is_reach and c.horizon < c.needed:
         yield _vanishing(c)
@@ -298,7 +322,8 @@ def _exploding(c: Chain) -> Iterator[Symptom]:
 
 
 def _stops(c: Chain) -> Iterator[Symptom]:
-    under = c.stops[c.stops < FLOAT32_ENDS]
+    ends = FLOAT32_ENDS / c.scale
+    under = c.stops[c.stops < ends]
     if under.size:
         yield Symptom(
             "underflow",
@@ -308,9 +333,9 @@ def _stops(c: Chain) -> Iterator[Symptom]:
             "step before, where numbers end.",
             "what helps against vanishing; a larger loss scale only moves the end.",
         )
-    cut = c.stops[c.stops >= FLOAT32_ENDS]
+    cut = c.stops[c.stops >= ends]
     if cut.size:
-        half = ", or float16 ends, where gradients have it" if cut.max() < FLOAT16_ENDS else ""
+        half = ", or float16 ends, where gradients have it" if cut.max() < FLOAT16_ENDS / c.scale else ""
         yield Symptom(
             "cut",
             c.where,
@@ -327,7 +352,7 @@ def _nonfinite(c: Chain) -> Symptom:
     if lag == 0:
         says = "they come with the loss or the forward pass, as the last step has them."
         remedy = "look for a division by 0, log 0, or a loss scale that is too large; clipping does not remove NaN."
-    elif before > FLOAT32_OVERFLOWS:
+    elif before > FLOAT32_OVERFLOWS / c.scale:
         says = f"the norm was {before:.1g} one step before: overflow on the way back."
         remedy = "clip= in the chain itself, orthogonal init, truncated BPTT; clipping after backward comes too late."
     else:
