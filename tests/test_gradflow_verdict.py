@@ -144,6 +144,18 @@ def test_truncated_bptt_is_a_cut() -> None:
     assert "truncated BPTT" in symptom.remedy
 
 
+def test_a_cut_that_is_the_horizon_is_no_vanishing() -> None:
+    rnn = chain(0.9)
+    flow = rnnkern.watch(rnn)
+    bptt = rnnkern.TruncatedBPTT(5, flow=flow)
+    for (x,) in bptt.chunks(zeros(15)):
+        output, bptt.hx = rnn(x, bptt.hx)
+    output[-1].sum().backward()
+    verdict = read(flow).verdict()
+    only(verdict, "cut")
+    assert verdict.sentences[0].startswith("rnn l0: learns 4 steps back; there are 14.")
+
+
 def test_nonfinite_from_the_loss() -> None:
     verdict = record(chain(0.9), zeros(10), scale=float("nan")).verdict()
     symptom = only(verdict, "nonfinite")

@@ -255,7 +255,7 @@ def _one_step_back(c: Chain) -> str:
 def _symptoms(c: Chain) -> Iterator[Symptom]:
     if c.nonfinite and not c.is_overflow:
         yield _nonfinite(c)
-    if c.is_reach and c.horizon < c.needed:
+    if c.is_reach and c.horizon < c.needed and not _ends_in_a_cut(c):
         yield _vanishing(c)
     yield from _exploding(c)
     if c.median_saturation < SATURATED:
@@ -270,6 +270,12 @@ def _symptoms(c: Chain) -> Iterator[Symptom]:
     yield from _stops(c)
     if c.rows and not c.nonfinite and c.deltas < PLATEAU:
         yield _plateau(c)
+
+
+def _ends_in_a_cut(c: Chain) -> bool:
+    """Whether the horizon is where nothing comes from the next step, and no decay made it so."""
+    end = int(c.horizon)
+    return bool(c.norms[end + 1 :].size and c.norms[end + 1] == 0 and c.norms[end] >= FLOAT32_ENDS / c.scale)
 
 
 def _vanishing(c: Chain) -> Symptom:
