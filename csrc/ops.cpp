@@ -18,8 +18,8 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
       "recurrence_backward(Tensor grad_h, Tensor? grad_hn, Tensor h, Tensor h0, Tensor w_hh, Tensor? batch_sizes, "
       "bool reverse, str nonlinearity, float clip) -> (Tensor, Tensor)");
 
-  // The same, and stats (3, T, B) float64: the squared norms of dL/dh_t, of the part of it that came through h_{t+1},
-  // and of delta_t, per step and sample, before clipping; 0 in the steps that a sample does not have.
+  // The same, and stats (4, T, B) float64: the squared norms of dL/dh_t, of the part of it that came through h_{t+1}, of
+  // delta_t, and of grad_h_t, per step and sample, before clipping; 0 in the steps that a sample does not have.
   m.def(
       "recurrence_backward_stats(Tensor grad_h, Tensor? grad_hn, Tensor h, Tensor h0, Tensor w_hh, "
       "Tensor? batch_sizes, bool reverse, str nonlinearity, float clip) -> (Tensor, Tensor, Tensor)");

@@ -18,9 +18,10 @@ class RNNFunction(torch.autograd.Function):
     """The recurrence as one node of the autograd graph.
 
     ``apply(z, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)`` returns ``h`` like ``z`` and
-    ``h_n (B, H)``. Where ``tap``, a (3, T, B) float64 tensor that requires grad, is given, its value is ignored and its
+    ``h_n (B, H)``. Where ``tap``, a (4, T, B) float64 tensor that requires grad, is given, its value is ignored and its
     "gradient" is the statistics of the backward chain: ``tap.grad[0] = ‖∂L/∂h_t‖²`` per step and sample, ``[1]`` the
-    part that came from later steps, ``[2]`` ``‖δ_t‖²``. Statistics of several passes add up, as squares should.
+    part that came from later steps, ``[2]`` ``‖δ_t‖²``, ``[3]`` the part that arrived at ``h``. Statistics of several
+    passes add up, as squares should.
 
     A backward that may be differentiated itself (``create_graph=True``, and any under ``torch.func``) runs the same
     kernel, as a node of its own: :class:`RNNBackwardFunction`. From there gradients come back into this very node.
@@ -101,7 +102,7 @@ class RNNBackwardFunction(torch.autograd.Function):
     """The backward chain as a node of the graph; its own derivatives are those of the reference chain.
 
     ``apply(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip, backend, with_stats)`` returns
-    ``delta`` like ``h``, ``grad_h0 (B, H)``, and the statistics (3, T, B), which are not differentiable, or None.
+    ``delta`` like ``h``, ``grad_h0 (B, H)``, and the statistics (4, T, B), which are not differentiable, or None.
     """
 
     generate_vmap_rule = True

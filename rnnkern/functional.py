@@ -16,7 +16,7 @@ from rnnkern.autograd import INF, is_transformed, recurrence, wants_gradient
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 #: weight (H), bias (H) of a layer normalisation
 NormWeights = tuple[Tensor, Tensor]
-#: (layer, direction) -> the tap of that recurrence in one forward: a (3, T, B) float64 tensor that requires grad
+#: (layer, direction) -> the tap of that recurrence in one forward: a (4, T, B) float64 tensor that requires grad
 Taps = Callable[[int, int], Tensor]
 #: (input, T, B, batch_sizes, unsorted_indices) -> the taps of one forward, or None: nobody wants its statistics
 TapFactory = Callable[[Tensor, int, int, Tensor | None, Tensor | None], Taps | None]

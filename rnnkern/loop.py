@@ -31,7 +31,7 @@ def recurrence(
     reverse: bool = False,
     nonlinearity: str = "tanh",
     clip: float = INF,
-    tap: Tensor | None = None,  # (3, T, B)
+    tap: Tensor | None = None,  # (4, T, B)
 ) -> tuple[Tensor, Tensor]:
     """h like ``z`` and h_n (B, H), differentiable to any order. Arguments as of :func:`rnnkern.autograd.recurrence`.
 
@@ -54,13 +54,14 @@ def recurrence(
         a = _observed(z_t, tap_t, DELTA) + earlier[: z_t.shape[0]] @ w_hh.T
         if norm is not None:
             a = F.layer_norm(a, (H,), *norm).to(z.dtype)  # autocast normalises in float32
-        h[t] = _observed(activation(nonlinearity, a), tap_t, TOTAL, clip)
-        state = with_rows(state, _observed(h[t], tap_t, RECURRENT))
+        h_t = _observed(activation(nonlinearity, a), tap_t, TOTAL, clip)
+        h[t] = _observed(h_t, tap_t, DIRECT)
+        state = with_rows(state, _observed(h_t, tap_t, RECURRENT))
     return join_steps(h, z), state.clone()
 
 
 #: the rows of the statistics
-TOTAL, RECURRENT, DELTA = range(3)
+TOTAL, RECURRENT, DELTA, DIRECT = range(4)
 
 
 def _observed(x: Tensor, tap: Tensor | None, kind: int, clip: float = INF) -> Tensor:
@@ -69,7 +70,7 @@ def _observed(x: Tensor, tap: Tensor | None, kind: int, clip: float = INF) -> Te
 
 
 class Observed(torch.autograd.Function):
-    """``apply(x (n, H), tap (3, B), kind, clip)`` returns x."""
+    """``apply(x (n, H), tap (4, B) or (3, B), kind, clip)`` returns x."""
 
     generate_vmap_rule = True
 
@@ -80,13 +81,16 @@ class Observed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, tap, ctx.kind, ctx.clip = inputs
-        ctx.B = None if tap is None else tap.shape[1]
+        ctx.shape = None if tap is None else tap.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stats = None
-        if ctx.B is not None and ctx.needs_input_grad[1]:
+        if ctx.shape is not None and ctx.needs_input_grad[1]:
+            kinds, B = ctx.shape
             with torch.no_grad():
-                squares = F.pad(grad.double().square().sum(-1), (0, ctx.B - grad.shape[0]))
-                stats = torch.stack([squares if kind == ctx.kind else torch.zeros_like(squares) for kind in range(3)])
+                squares = F.pad(grad.double().square().sum(-1), (0, B - grad.shape[0]))
+                stats = torch.stack(
+                    [squares if kind == ctx.kind else torch.zeros_like(squares) for kind in range(kinds)]
+                )
         return grad if ctx.clip == INF else grad.clamp(-ctx.clip, ctx.clip), stats, None, None

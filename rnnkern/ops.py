@@ -70,7 +70,7 @@ def recurrence_backward_stats(
     nonlinearity: str,
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """delta, grad_h0, and stats (3, T, B) float64 = ‖g_t‖², ‖r_t‖², ‖δ_t‖²; rows that a sample does not have are 0."""
+    """delta, grad_h0, and stats (4, T, B) float64 = ‖g_t‖², ‖r_t‖², ‖δ_t‖², ‖e_t‖²; 0 where a sample has no step."""
     return BACKENDS[backend].recurrence_backward_stats(
         grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip
     )
@@ -97,7 +97,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 def _fake_backward_stats(grad_h, grad_hn, h, h0, w_hh, batch_sizes, *rest):  # type: ignore[no-untyped-def]
     steps = h.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    stats = h.new_empty((3, steps, h0.shape[0]), dtype=torch.float64)
+    stats = h.new_empty((4, steps, h0.shape[0]), dtype=torch.float64)
     return (*_fake_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, *rest), stats)
 
 

@@ -77,7 +77,7 @@ def recurrence_backward_stats(
     nonlinearity: str = "tanh",
     clip: float = float("inf"),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """delta = ∂L/∂z like h, grad_h0 (B, H), and stats (3, T, B) float64 = ‖g_t‖², ‖r_t‖², ‖δ_t‖²; absent rows are 0."""
+    """delta = ∂L/∂z like h, grad_h0 (B, H), and stats (4, T, B) float64 = ‖g_t‖², ‖r_t‖², ‖δ_t‖², ‖e_t‖²."""
     return _backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip, with_stats=True)
 
 
@@ -122,10 +122,10 @@ def _backward(
         clipped = g if clip == float("inf") else g.clamp(-clip, clip)
         delta[t] = times_derivative(nonlinearity, clipped, h_steps[t])
         if with_stats:
-            squares = torch.stack([v.double().square().sum(-1) for v in (g, r, delta[t])])
+            squares = torch.stack([v.double().square().sum(-1) for v in (g, r, delta[t], e_steps[t])])
             stats[t] = torch.nn.functional.pad(squares, (0, B - squares.shape[1]))
         carry = with_rows(carry, delta[t] @ w_hh)
-    joined = torch.stack(stats, 1) if with_stats and T else h0.new_zeros((3, T, B), dtype=torch.float64)
+    joined = torch.stack(stats, 1) if with_stats and T else h0.new_zeros((4, T, B), dtype=torch.float64)
     return join_steps(delta, h), carry.clone(), joined
 
 

@@ -81,7 +81,7 @@ class Answers(NamedTuple):
     h: Tensor
     delta: Tensor
     grad_h0: Tensor
-    stats: Tensor  # (3, T, B)
+    stats: Tensor  # (4, T, B)
 
 
 def make_problem(
@@ -139,7 +139,7 @@ def _plain_states(p: Problem, seen: list[tuple[int, Tensor, Tensor]] | None = No
 @threads(1)
 def plain(p: Problem) -> Answers:
     """Plain PyTorch: a loop in p's own dtype, its backward by autograd, the statistics by hooks on h_t."""
-    stats = torch.zeros(3, len(p.sizes), p.h0.shape[0], dtype=torch.float64, device="cpu")
+    stats = torch.zeros(4, len(p.sizes), p.h0.shape[0], dtype=torch.float64, device="cpu")
 
     def record(kind: int, t: int, value: Tensor) -> None:
         stats[kind, t, : value.shape[0]] = value.double().square().sum(-1)
@@ -160,6 +160,8 @@ def plain(p: Problem) -> Answers:
     delta, grad_h0 = torch.autograd.grad(outputs, [q.z, q.h0], grads, allow_unused=True, materialize_grads=True)
     for t, delta_t in enumerate(delta.split(p.sizes) if p.batch_sizes is not None else delta):
         record(2, t, delta_t)
+    for t, e_t in enumerate(p.grad_h.split(p.sizes) if p.batch_sizes is not None else p.grad_h):
+        record(3, t, e_t)
     return Answers(h.detach(), delta, grad_h0, stats)
 
 
@@ -180,7 +182,7 @@ def _long_double(p: Problem) -> Answers:
     z, h0, w, e, given_h = map(rows, (p.z, p.h0, p.w_hh, p.grad_h, p.h))
     first = np.cumsum([0, *p.sizes])
     h, delta, grad_h0 = np.zeros_like(z), np.zeros_like(z), np.zeros_like(h0)
-    stats = np.zeros((3, len(p.sizes), len(h0)), np.longdouble)
+    stats = np.zeros((4, len(p.sizes), len(h0)), np.longdouble)
     for b in range(len(h0)):
         steps = [t for t, n in enumerate(p.sizes) if n > b]
         order = steps[::-1] if p.reverse else steps
@@ -190,9 +192,10 @@ def _long_double(p: Problem) -> Answers:
             state = h[first[t] + b] = np.tanh(a) if p.nonlinearity == "tanh" else np.maximum(a, 0)
         r = np.zeros_like(h0[b]) if p.grad_hn is None else rows(p.grad_hn)[b]
         for t in reversed(order):
-            g, y = e[first[t] + b] + r, given_h[first[t] + b]
+            e_t, y = e[first[t] + b], given_h[first[t] + b]
+            g = e_t + r
             d = np.clip(g, -p.clip, p.clip) * ((1 - y * y) if p.nonlinearity == "tanh" else (y > 0))
-            stats[:, t, b] = (g * g).sum(), (r * r).sum(), (d * d).sum()
+            stats[:, t, b] = [(x * x).sum() for x in (g, r, d, e_t)]
             delta[first[t] + b], r = d, d @ w
         grad_h0[b] = r
     return Answers(*(torch.from_numpy(a.astype(np.float64)).view(s) for a, s in (

@@ -43,7 +43,7 @@ def float64_problem(shape: str, device: str, **options: Any) -> Problem:
 
 
 def new_tap(p: Problem) -> Tensor:
-    return torch.zeros(3, len(p.sizes), len(p.h0), dtype=torch.float64, device=p.z.device, requires_grad=True)
+    return torch.zeros(4, len(p.sizes), len(p.h0), dtype=torch.float64, device=p.z.device, requires_grad=True)
 
 
 @pytest.mark.unnamed

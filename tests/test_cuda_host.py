@@ -92,7 +92,7 @@ def run(
 
     out = Answers(
         torch.full_like(p.z, 7), torch.full_like(p.z, 7), torch.full_like(p.h0, 7),
-        torch.zeros(3, T, B, dtype=torch.float64),
+        torch.zeros(4, T, B, dtype=torch.float64),
     )  # fmt: skip
     call(False, p.z, None, out.h, p.h0, None, None)
     call(True, p.grad_h, p.h, out.delta, p.grad_hn, out.grad_h0, out.stats)

@@ -9,7 +9,7 @@ from gradflow_helpers import chain, read
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern.gradflow import ModuleRecord, OutputGradient, Record, Symptom, Verdict
+from rnnkern.gradflow import ModuleRecord, Record, Symptom, Verdict
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -209,21 +209,30 @@ def test_a_loss_at_every_step_has_no_horizon() -> None:
     """Neither is far context said to be forgotten, nor to be learned."""
     rnn = chain(0.3)
     flow = rnnkern.watch(rnn)
-    output, _ = rnn(zeros(64))
-    arriving = OutputGradient(rnn, output)
-    output.sum().backward()
+    rnn(zeros(64))[0].sum().backward()
     verdict = read(flow).verdict()
     assert not verdict.symptoms
     assert "horizon and slope do not say how far back it learns" in verdict.sentences[0]
     assert "gradient enters at 126 of 128 (step, sample) rows" in verdict.sentences[0]
     assert "steps back;" not in str(verdict)
     assert verdict.sentences[-1] == "No symptom among those that these figures can show."
-    assert "At the median step" not in str(verdict)
-    measured = read(flow)["rnn"].with_direct(arriving).verdict()
-    rec = read(flow)["rnn"].with_direct(arriving)
+    rec = read(flow)
     share, cosine = np.nanmedian(rec.direct_share[0, 0, :-1]), np.nanmedian(rec.cosine)
-    assert f"are as {100 * share:.0f} : {100 - 100 * share:.0f}; the median" in measured.sentences[0]
-    assert f"cosine between them is {cosine:+.2f}." in measured.sentences[0]
+    assert f"are as {100 * share:.0f} : {100 - 100 * share:.0f}; the median" in verdict.sentences[0]
+    assert f"cosine between them is {cosine:+.2f}." in verdict.sentences[0]
+
+
+def test_reach_of_an_lstms_c() -> None:
+    """c gets its gradient through h at every step; with a loss at the end it all comes from there."""
+    lstm = nn.LSTM(3, 8)
+    flow = rnnkern.watch(lstm, cell_states=True)
+    lstm(torch.randn(30, 2, 3))[0][-1].sum().backward()
+    rec = read(flow)
+    of_h, of_c = rec.verdict().sentences[:2]
+    assert of_h.startswith("rnn l0: learns ") and of_c.startswith("rnn.c l0: learns ")
+    assert f"learns {rec['rnn.c'].horizon.item():.0f} steps back" in of_c
+    lstm(torch.randn(30, 2, 3))[0].sum().backward()
+    assert "horizon and slope do not say" in read(flow).verdict().sentences[1]
 
 
 def test_explosion_under_a_loss_at_every_step() -> None:

@@ -75,7 +75,7 @@ def test_a_tap_takes_no_memory() -> None:
         taps = ModuleTaps(flow._recorder, "rnn", torch.device("cpu"))(torch.zeros(1000, 64, 3), 1000, 64, None, None)
         assert taps is not None
         tap = taps(0, 0)
-        assert tap.shape == (3, 1000, 64)
+        assert tap.shape == (4, 1000, 64)
         assert tap.dtype == torch.float64
         assert tap.requires_grad
         assert tap.untyped_storage().nbytes() == 8

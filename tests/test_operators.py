@@ -187,7 +187,7 @@ def test_empty(backend: Backend, device: str, shape: tuple[int, int, int], dtype
     T, B, _ = shape
     p = make_problem(*shape, dtype=dtype, reverse=reverse, device=device)
     h, delta, grad_h0, stats = answers(backend, p)
-    assert h.shape == delta.shape == shape and stats.shape == (3, T, B) and stats.dtype == torch.float64
+    assert h.shape == delta.shape == shape and stats.shape == (4, T, B) and stats.dtype == torch.float64
     assert not stats.any()
     assert torch.equal(grad_h0, p.grad_hn if T == 0 else torch.zeros_like(p.h0))
     backend.recurrence_(p.z, *p.forward[1:])
@@ -199,7 +199,7 @@ def test_empty_packed(backend: Backend, device: str, reverse: bool) -> None:
     rows, states = torch.empty(0, 5, device=device), torch.empty(0, 5, device=device)
     batch_sizes = torch.empty(0, dtype=torch.int64)
     p = Problem(rows, states, torch.eye(5, device=device), rows, None, batch_sizes, reverse, "tanh", 1.0, h=rows)
-    assert [x.shape for x in answers(backend, p)] == [(0, 5), (0, 5), (0, 5), (3, 0, 0)]
+    assert [x.shape for x in answers(backend, p)] == [(0, 5), (0, 5), (0, 5), (4, 0, 0)]
 
 
 @packings

@@ -147,7 +147,7 @@ def test_statistics_of_loops(options: dict[str, Any], reverse: bool, lengths: li
     clip = options.get("clip", INF)
     mask = F.dropout(torch.ones_like(p.h0), 0.4) if "recurrent_dropout" in options else None
     norm = (torch.rand(5).double(), torch.randn(5).double()) if "layer_norm" in options else None
-    tap = torch.zeros(3, len(p.sizes), 3, dtype=torch.float64, requires_grad=True)
+    tap = torch.zeros(4, len(p.sizes), 3, dtype=torch.float64, requires_grad=True)
     z = p.z.clone().requires_grad_()
     chain = dict(mask=mask, norm=norm, batch_sizes=p.batch_sizes, reverse=reverse, clip=clip)
     outputs = loop.recurrence(z, p.h0, p.w_hh, **chain, tap=tap)

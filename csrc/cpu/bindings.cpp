@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> launch_backward(
   const Sequence sequence = check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, nonlinearity, clip);
   const Tensor delta = new_like(h), grad_h0 = new_like(h0);
   if (stats) {
-    const Shape shape{3, sequence.T, sequence.B};
+    const Shape shape{4, sequence.T, sequence.B};
     *stats = torch::stable::new_zeros(h, shape, torch::headeronly::ScalarType::Double);
   }
   const Walkable grad_h_rows = walkable(grad_h), h_rows = walkable(h);

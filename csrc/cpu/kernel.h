@@ -60,7 +60,7 @@ struct Backward {
   AnyRows delta;    // like h
   AnyRows grad_h0;  // (B, H)
   double clip;
-  double* stats;        // (3, T, B), zeroed by the caller; null for none
+  double* stats;        // (4, T, B), zeroed by the caller; null for none
   bool finite_weights;  // 0 * w_hh is 0, so that a chain of zeros needs no product
 };
 

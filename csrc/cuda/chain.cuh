@@ -198,7 +198,8 @@ struct ChainKernel {
   // ---- A step ---------------------------------------------------------------------------------------------------------
 
   struct Gradients {
-    Values total, r, delta;
+    Values r, delta;
+    Quad arrived;  // e, in as few registers as its storage takes; g = e + r is added up once more where it is asked for
     bool has;
   };
 
@@ -230,6 +231,7 @@ struct ChainKernel {
   RNNKERN_INLINE Gradients gradients_of(int row, const Quad (&inputs)[kInputs], const Values& sum) const {
     Gradients gradients;
     Sum e[4], h[4];
+    gradients.arrived = inputs[0];
     unpack(e, inputs[0]);
     unpack(h, inputs[kInputs - 1]);
     gradients.has = row < rows_now;
@@ -238,7 +240,7 @@ struct ChainKernel {
     const Sum limit = static_cast<Sum>(a.clip);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      const Sum x = gradients.total.v[u] = e[u] + gradients.r.v[u];
+      const Sum x = e[u] + gradients.r.v[u];
       const Sum clamped = x > limit ? limit : x < -limit ? -limit : x;  // NaN stays NaN
       const Sum delta = a.relu ? Relu::times_derivative(clamped, h[u]) : Tanh::times_derivative(clamped, h[u]);
       gradients.delta.v[u] = gradients.has ? delta : Sum(0);
@@ -272,10 +274,14 @@ struct ChainKernel {
 
   // Writes a row's sums of squares over the slab's units, as float64: those of small gradients leave float32's range.
   RNNKERN_INLINE void statistics(int step, int row, const Gradients& gradients) const {
-    const double square = sum_of_squares(gradients.total.v, gradients.r.v, gradients.delta.v);
-    if (g < 3 && row < a.B) {
+    Sum e[4], total[4];
+    unpack(e, gradients.arrived);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) total[u] = e[u] + gradients.r.v[u];
+    const double square = sum_of_squares(total, gradients.r.v, gradients.delta.v, e);
+    if (g < 4 && row < a.B) {
       const int64_t slabs = a.members * a.slabs_per_block;
-      a.partials[((time_of(step) * slabs + slab) * 3 + g) * a.B + row] = gradients.has ? square : 0.0;
+      a.partials[((time_of(step) * slabs + slab) * 4 + g) * a.B + row] = gradients.has ? square : 0.0;
     }
   }
 

@@ -22,7 +22,7 @@ Workspace workspace_of(const Job& job, const Plan& plan) {
   } else if (plan.regime == kStep) {
     ring_states = static_cast<size_t>(plan.tiles) * 2;
   }
-  const size_t partials = static_cast<size_t>(chain.T) * slabs_of(plan) * 3 * chain.B * sizeof(double);
+  const size_t partials = static_cast<size_t>(chain.T) * slabs_of(plan) * 4 * chain.B * sizeof(double);
   Workspace space{};
   space.ring_bytes = ring_states * state_bytes;
   space.weights = 0;

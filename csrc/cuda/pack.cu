@@ -18,11 +18,11 @@ __global__ void offsets_kernel(int64_t* to, const __grid_constant__ Piece piece,
 
 __global__ void statistics_kernel(double* stats, const double* partials, int T, int slabs, int B) {
   const int64_t rows = static_cast<int64_t>(T) * B;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;  // of (T, 3, B)
-  if (index >= 3 * rows) return;
-  const int64_t t = index / (3 * B), kind = index / B % 3, row = index % B;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;  // of (T, 4, B)
+  if (index >= 4 * rows) return;
+  const int64_t t = index / (4 * B), kind = index / B % 4, row = index % B;
   double sum = 0;
-  for (int slab = 0; slab < slabs; ++slab) sum += partials[((t * slabs + slab) * 3 + kind) * B + row];
+  for (int slab = 0; slab < slabs; ++slab) sum += partials[((t * slabs + slab) * 4 + kind) * B + row];
   stats[kind * rows + t * B + row] = sum;
 }
 
@@ -38,7 +38,7 @@ void bring_offsets(int64_t* to, const int64_t* from, int64_t count, cudaStream_t
 }
 
 void add_statistics(double* stats, const double* partials, int T, int slabs, int B, cudaStream_t stream) {
-  const int64_t count = 3 * static_cast<int64_t>(T) * B;
+  const int64_t count = 4 * static_cast<int64_t>(T) * B;
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   statistics_kernel<<<blocks, kThreads, 0, stream>>>(stats, partials, T, slabs, B);
 }

@@ -36,7 +36,7 @@ __global__ void pack_kernel(
 // to (count): offsets that travel as kernel arguments, so that no copy from host memory has to be kept or pinned.
 void bring_offsets(int64_t* to, const int64_t* from, int64_t count, cudaStream_t);
 
-// stats (3, T, B) = sums of partials (T, slabs, 3, B) over the slabs, in order.
+// stats (4, T, B) = sums of partials (T, slabs, 4, B) over the slabs, in order.
 void add_statistics(double* stats, const double* partials, int T, int slabs, int B, cudaStream_t);
 
 }  // namespace rnnkern::cuda

@@ -303,7 +303,7 @@ def recurrence_backward_stats(
     delta, grad_h0, stats = _backward(
         grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip, with_stats=True
     )
-    return delta, grad_h0, stats.permute(2, 0, 1)[:3].clone(memory_format=torch.contiguous_format)
+    return delta, grad_h0, stats.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 _library = torch.library.Library("rnnkern", "FRAGMENT")

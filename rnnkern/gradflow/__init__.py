@@ -5,7 +5,6 @@
 
 from typing import Any
 
-from rnnkern.gradflow.direct import OutputGradient
 from rnnkern.gradflow.distributed import all_reduce
 from rnnkern.gradflow.flow import Flow, watch
 from rnnkern.gradflow.penalty import omega_penalty
@@ -16,7 +15,6 @@ from rnnkern.gradflow.verdict import Symptom, Verdict
 __all__ = [
     "Flow",
     "ModuleRecord",
-    "OutputGradient",
     "Record",
     "Saturation",
     "Symptom",

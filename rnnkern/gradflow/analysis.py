@@ -1,4 +1,4 @@
-"""What follows from ‖g_t‖², ‖r_t‖² and ‖δ_t‖² beyond the norms: gain, direct and recurrent part, Ω, first failures.
+"""What follows from ‖g_t‖², ‖r_t‖², ‖δ_t‖² and ‖e_t‖²: gain, direct and recurrent part, Ω, first failures.
 
     R_t / G_{t+1} = (Δ_{t+1} / G_{t+1}) · (R_t / Δ_{t+1})        gain = saturation factor · weight factor
     G² = E² + R² + 2 E R cos(e, r)                               direct and recurrent part
@@ -41,8 +41,6 @@ class Analysis:
     lengths: Ints
     order: Order
     per_sample: bool
-    direct_squares: Floats | None
-    rounding: float
     is_gated: bool
 
     # One step back
@@ -125,15 +123,15 @@ class Analysis:
     def direct(self) -> Floats:
         """E_t = ‖e_t‖: the part that enters at step t, from its own loss or from the layer above.
 
-        Three cases follow from the record alone: a sample's last step, where all of the gradient enters; G = R to the
-        last bit, where none does; R = 0. Elsewhere E is measured, see :class:`OutputGradient` and ``with_direct``, or
-        NaN; :attr:`direct_bounds` always holds.
+        At a sample's last step all of the gradient enters, also what arrives at h_n. Of a cell, which returns output
+        and state at once, three cases are known: that one; G = R to the last bit, where nothing enters; R = 0. There
+        E is NaN elsewhere, and :attr:`direct_bounds` is all that is known.
         """
         return self._norm(self._direct_squares)
 
     @cached_property
     def direct_bounds(self) -> tuple[Floats, Floats]:
-        """|G_t - R_t| <= E_t <= G_t + R_t: all that ‖g_t‖ and ‖r_t‖ say of a direct part that was not measured."""
+        """|G_t - R_t| <= E_t <= G_t + R_t: all that ‖g_t‖ and ‖r_t‖ say of the direct part."""
         total = self._norm(self.squares[TOTAL])
         with np.errstate(invalid="ignore"):
             return np.abs(total - self.recurrent), total + self.recurrent
@@ -154,7 +152,7 @@ class Analysis:
         e, r, g = self.direct, self.recurrent, self._norm(self.squares[TOTAL])
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             cosine = ((g / e) * (g / r) - e / r - r / e) / 2
-            error = self.rounding * ((g / e) * (g / r) + e / r + r / e) / 2
+            error = ROUNDING * ((g / e) * (g / r) + e / r + r / e) / 2
             return np.where((error <= COSINE_ERROR) & np.isfinite(cosine), np.clip(cosine, -1, 1), np.nan)
 
     @property
@@ -166,11 +164,12 @@ class Analysis:
     def _direct_squares(self) -> Floats:
         """‖e_t‖² (layers, directions, T, B) in input order; NaN where it is not known."""
         total, recurrent = self.squares[TOTAL], self.squares[RECURRENT]
-        derived = np.where(total == recurrent, 0.0, np.where(recurrent == 0, total, np.nan))
-        if self.direct_squares is not None:
-            derived = np.where(np.isnan(self.direct_squares), derived, self.direct_squares)
-        derived = np.where(self._is_last, total, derived)
-        return np.where(self._is_there, np.where(np.isfinite(total + recurrent), derived, np.nan), 0.0)
+        if len(self.squares) > DIRECT:
+            direct = self.squares[DIRECT]
+        else:
+            direct = np.where(total == recurrent, 0.0, np.where(recurrent == 0, total, np.nan))
+        direct = np.where(self._is_last, total, direct)
+        return np.where(self._is_there, np.where(np.isfinite(total + recurrent), direct, np.nan), 0.0)
 
     # Norm preservation
 
@@ -271,7 +270,7 @@ class Analysis:
 
 
 #: the rows of ``squares``
-TOTAL, RECURRENT, DELTA = range(3)
+TOTAL, RECURRENT, DELTA, DIRECT = range(4)
 
 
 def reordered(rows: NDArray, lengths: Ints, order: Order) -> NDArray:

@@ -109,7 +109,7 @@ class Flow:
     A forward belongs to the step in which it ran; its gradients go there whenever its backward comes. Two backwards
     through one graph (``retain_graph=True``) add their squares in the rows of its one forward.
 
-    Statistics stay on their device until they are read: 24·T·B bytes per layer and direction, for each of the ``keep``
+    Statistics stay on their device until they are read: 32·T·B bytes per layer and direction, for each of the ``keep``
     newest steps. A step whose statistics reach 1 GiB records no further forwards, and warns: most likely nobody has
     told it of its end.
 

@@ -276,7 +276,10 @@ class InPlaceOfOperator(TorchFunctionMode):
 
 
 def _leaf(recorder: Recorder, step: Step, forward: Forward | None, device: torch.device) -> Tensor | None:
-    """The tap (3, B) of the next time step of a cell's sequence; see ``taps._leaf``."""
+    """The tap (3, B) of the next time step of a cell's sequence; see ``taps._leaf``.
+
+    It has no row for the direct part: what a cell returns is output and state at once.
+    """
     if forward is None:
         return None
     t = forward.T

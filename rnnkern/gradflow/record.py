@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rnnkern.gradflow import table
-from rnnkern.gradflow.analysis import ROUNDING, Analysis, reordered
+from rnnkern.gradflow.analysis import Analysis, reordered
 from rnnkern.gradflow.analysis import Floats as Floats
 from rnnkern.gradflow.analysis import Ints as Ints
 from rnnkern.gradflow.analysis import Order as Order
-from rnnkern.gradflow.direct import OutputGradient
 from rnnkern.gradflow.scalars import scalars
 from rnnkern.gradflow.verdict import Verdict, judge
 
@@ -53,11 +52,10 @@ class ModuleRecord(Analysis):
 
     Attributes:
         name: of the module in the model.
-        squares: (3, layers, directions, T, B) in input order, whatever ``order`` is: ‖g_t‖²; the part of it that came
-            from later steps, ‖r_t‖²; and ‖δ_t‖², δ_t = g_t ⊙ f'(h_t). 0 where a sample has no step.
+        squares: (4, layers, directions, T, B) in input order, whatever ``order`` is: ‖g_t‖²; the part of it that came
+            from later steps, ‖r_t‖²; ‖δ_t‖², δ_t = g_t ⊙ f'(h_t); and the part that arrived at the output, ‖e_t‖².
+            0 where a sample has no step. Of a cell (3, ...): what it returns is output and state at once.
         lengths: (B,) steps of each sample.
-        direct_squares: ‖e_t‖² (layers, directions, T, B) in input order where it was measured, NaN elsewhere.
-        rounding: relative error of ‖g‖², for what is a difference of squares.
         is_gated: whether the module has gates (LSTM, GRU). δ is then the gradient at the arguments of all of them, and
             the two factors of the gain are not defined.
         scale: the loss scale that was divided out of ``squares``, as its square; of several the last.
@@ -69,8 +67,6 @@ class ModuleRecord(Analysis):
     lengths: Ints
     order: Order = "processing"
     per_sample: bool = False
-    direct_squares: Floats | None = None
-    rounding: float = ROUNDING
     is_gated: bool = False
     scale: float = 1.0
     skipped: bool | None = None
@@ -184,28 +180,6 @@ class ModuleRecord(Analysis):
 
     def _count(self, rows: NDArray[np.bool_]) -> Ints:
         return (rows & self._is_there).sum(2 if self.per_sample else (2, 3), dtype=np.int64)
-
-    def with_direct(self, *gradients: OutputGradient) -> ModuleRecord:
-        """This record with the direct part of the last layer as it was measured at the output of each forward.
-
-        Args:
-            gradients: one for each forward of the step, in the order of the forwards.
-
-        Raises:
-            ValueError: they do not have the layers, directions, samples or lengths of the record.
-        """
-        L, D, T = self.squares.shape[1:4]
-        parts = [g.squares() / np.square(self.scale) for g in gradients]
-        lengths = np.concatenate([g.lengths for g in gradients]) if gradients else np.zeros(0, np.int64)
-        fits = all(p.shape[:2] == (L, D) and p.shape[2] <= T for p in parts)
-        if not fits or not np.array_equal(lengths, self.lengths):
-            raise ValueError(
-                f"gradients must be of the forwards of {self.name!r} in this step, with {L} layers, {D} directions and "
-                f"lengths {self.lengths.tolist()}; got lengths {lengths.tolist()}"
-            )
-        padded = [np.pad(p, ((0, 0), (0, 0), (0, T - p.shape[2]), (0, 0))) for p in parts]
-        rounding = max(g.rounding for g in gradients)
-        return dataclasses.replace(self, direct_squares=np.concatenate(padded, 3), rounding=rounding)
 
     def verdict(self, needs: int | None = None) -> Verdict:
         """What the record says in plain words, with the symptoms that its figures show and what helps against them.

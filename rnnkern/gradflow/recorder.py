@@ -27,7 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from rnnkern.gradflow import scaling
 
-#: of one module in one step: squares (3, layers, directions, T, B) float64 in input order, lengths (B,) int64
+#: of one module in one step: squares (4, layers, directions, T, B) float64 in input order, lengths (B,) int64; of
+#: a cell (3, ...), without the direct part
 Squares = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 #: Statistics that are kept on the device, of all steps. One step that reaches this is a loop whose steps nobody has
@@ -49,7 +50,7 @@ class Forward:
     batch_sizes: Tensor | None  # (T,) int64 on the CPU
     unsorted_indices: Tensor | None  # (B,) int64
     chunk: int = 0  # of its sequence, where the step is one
-    stats: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # layer, direction -> (3, T, B)
+    stats: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # layer, direction -> (4, T, B)
     scale: Tensor | None = None  # of the loss whose statistics these are, ()
 
     def lengths(self) -> NDArray[np.int64]:
@@ -83,7 +84,7 @@ class Step:
     on_host: dict[str, Squares] | None = None
 
     def receive(self, forward: Forward, layer: int, direction: int, stats: Tensor, scale: Tensor | None) -> None:
-        """Statistics (3, T, B) of one backward; a second backward through the same forward adds its squares."""
+        """Statistics (4, T, B) of one backward; a second backward through the same forward adds its squares."""
         stats, self.scale = forward.alike(stats, scale), scale
         if not forward.stats:
             self.received.append(forward)
@@ -98,7 +99,7 @@ class Step:
         stats, self.scale = forward.alike(stats, scale), scale
         whole = forward.stats.get((0, 0))
         if whole is None or whole.shape[1] <= t:
-            grown = stats.new_zeros(3, forward.T, forward.B)
+            grown = stats.new_zeros(stats.shape[0], forward.T, forward.B)
             if whole is None:
                 self.received.append(forward)
             else:
@@ -113,18 +114,19 @@ class Step:
         if self.on_host is None:
             self.on_host = {}
             for name, (layers, directions) in modules.items():
-                if any(f.module == name for f in self.received):
+                kinds = next((len(s) for f in self.received if f.module == name for s in f.stats.values()), 0)
+                if kinds:
                     seen = self.opened if self.is_sequence else sorted(self.received, key=lambda f: f.number)
                     forwards = [f for f in seen if f.module == name]
-                    chunks = [_joined([*f], layers, directions) for _, f in groupby(forwards, lambda f: f.chunk)]
+                    chunks = [_joined([*f], kinds, layers, directions) for _, f in groupby(forwards, lambda f: f.chunk)]
                     self.on_host[name] = chunks[0] if len(chunks) == 1 else _in_time(name, chunks)
         return self.on_host
 
 
-def _joined(forwards: list[Forward], layers: int, directions: int) -> Squares:
+def _joined(forwards: list[Forward], kinds: int, layers: int, directions: int) -> Squares:
     """The samples of all forwards side by side, each forward's in the order of its batch, aligned at t = 0."""
     T, B = max(f.T for f in forwards), sum(f.B for f in forwards)
-    squares, lengths = np.zeros((3, layers, directions, T, B)), np.zeros(B, np.int64)
+    squares, lengths = np.zeros((kinds, layers, directions, T, B)), np.zeros(B, np.int64)
     end = 0
     for f in forwards:
         start, end = end, end + f.B
@@ -241,7 +243,7 @@ class Recorder:
         return handle
 
     def receive(self, step: Step, forward: Forward, layer: int, direction: int, stats: Tensor) -> None:
-        """Statistics (3, T, B) of one backward through that forward."""
+        """Statistics (4, T, B) of one backward through that forward."""
         step.receive(forward, layer, direction, stats, self.loss_scale.now())
         self._has_received(step)
 

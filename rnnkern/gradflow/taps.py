@@ -44,7 +44,7 @@ class ModuleTaps:
         if opened is None:
             return None
         make = _leaf if is_transformed() else _Tap.apply
-        shape, receive = (3, T, B), functools.partial(self.recorder.receive, *opened)
+        shape, receive = (4, T, B), functools.partial(self.recorder.receive, *opened)
 
         def tap(layer: int, direction: int) -> Tensor:
             tap: Tensor = make(self.anchor, functools.partial(receive, layer, direction), shape, input.device)
@@ -81,7 +81,7 @@ class ModuleTaps:
 
 
 class _Tap(torch.autograd.Function):
-    """A (3, T, B) float64 tensor without memory, of which only the gradient is of use.
+    """A (4, T, B) float64 tensor without memory, of which only the gradient is of use.
 
     The autograd graph of its forward keeps it alive, and nothing else does: where no backward comes, it goes with the
     graph. No reference leads from it to the graph or to the model, so nothing waits for the garbage collector.
@@ -122,7 +122,7 @@ class _Node(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(handle)
         ctx.place = key, layer, direction
-        return anchor.new_zeros(()).expand(3, T, B)
+        return anchor.new_zeros(()).expand(4, T, B)
 
     @staticmethod
     def backward(ctx: Any, stats: Tensor) -> tuple[Tensor | None, ...]:

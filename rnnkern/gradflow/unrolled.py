@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnkern.functional import Taps, autocast_enabled
-from rnnkern.loop import DELTA, INF, RECURRENT, TOTAL, Observed
+from rnnkern.loop import DELTA, DIRECT, INF, RECURRENT, TOTAL, Observed
 from rnnkern.reference import activation, join_steps, split_steps, with_rows
 
 
@@ -123,8 +123,9 @@ def _chain(
     for t in reversed(range(call.T)) if direction else range(call.T):
         z = steps[t]
         n = z.shape[0]
-        states[t], c_t = step(call.kind, z, h[:n], None if c is None else c[:n], weights, h_taps[t], c_seen[t])
-        h = with_rows(h, observed(states[t], h_taps[t], RECURRENT))
+        h_t, c_t = step(call.kind, z, h[:n], None if c is None else c[:n], weights, h_taps[t], c_seen[t])
+        states[t] = observed(h_t, h_taps[t], DIRECT)
+        h = with_rows(h, observed(h_t, h_taps[t], RECURRENT))
         if c is not None and c_t is not None:
             c = with_rows(c, observed(c_t, c_seen[t], RECURRENT))
     return join_steps(states, x), h, c
@@ -136,8 +137,8 @@ def step(
     h: Tensor,  # (n, H)
     c: Tensor | None,  # (n, H)
     weights: Weights,
-    tap: Tensor | None,  # (3, B)
-    c_tap: Tensor | None,  # (3, B)
+    tap: Tensor | None,  # (4, B), or (3, B) where nobody knows what of h's gradient is direct
+    c_tap: Tensor | None,  # the same
 ) -> tuple[Tensor, Tensor | None]:
     """The next h and c, with their total gradients and δ seen by the taps."""
     z = observed(z, tap, DELTA)
@@ -146,7 +147,7 @@ def step(
         assert c is not None
         i, f, g, o = (z + a).chunk(4, -1)
         c = observed(observed(f.sigmoid() * c + i.sigmoid() * g.tanh(), c_tap, TOTAL), c_tap, DELTA)
-        h = o.sigmoid() * c.tanh()
+        h = o.sigmoid() * observed(c, c_tap, DIRECT).tanh()
         if weights.w_hr is not None:
             h = h @ weights.w_hr.T
     elif kind == "gru":

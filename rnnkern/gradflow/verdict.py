@@ -88,9 +88,11 @@ def judge(records: Sequence[ModuleRecord], needs: int | None = None) -> Verdict:
     symptoms: list[Symptom] = []
     known = True
     sentences += _skipped(records)
+    by_state = {f"{record.name}.c": record for record in records}  # an LSTM's c is read through its h at every step
     for record in records:
         layers, directions = record.squares.shape[1:3]
-        chains = [Chain.of(record, layer, d, needs) for layer in range(layers) for d in range(directions)]
+        at_end = by_state.get(record.name, record).loss_at_end
+        chains = [Chain.of(record, at_end, layer, d, needs) for layer in range(layers) for d in range(directions)]
         for chain in chains:
             sentences += [f"{chain.where}: {' '.join(_sentences(chain))}"]
             symptoms += _symptoms(chain)
@@ -141,12 +143,12 @@ class Chain:
         return self.longest if self.needs is None else min(self.needs, self.longest)
 
     @classmethod
-    def of(cls, record: ModuleRecord, layer: int, direction: int, needs: int | None) -> Chain:
-        """The figures of a record over the batch in the order "lag"."""
+    def of(cls, record: ModuleRecord, at_end: np.ndarray, layer: int, direction: int, needs: int | None) -> Chain:
+        """Of a record over the batch in the order "lag"; ``at_end``: whether the loss is at the last step alone."""
         at = layer, direction
         directions = record.squares.shape[2]
         # What reaches a lower layer of one direction at all comes from the loss at the end of the last one.
-        is_lower = directions == 1 and bool(record.loss_at_end[-1, 0]) and not record.loss_at_end[at]
+        is_lower = directions == 1 and bool(at_end[-1, 0]) and not at_end[at]
         (total, _, recurrent), exists = record._steps_back
         stops = exists[at] & (recurrent[at] == 0) & (total[at] > 0) & np.isfinite(total[at])
         direct = record._direct_squares[at]
@@ -157,7 +159,7 @@ class Chain:
             longest=max(0, int(record.lengths.max(initial=0)) - 1),
             needs=needs,
             entering=int((record._is_there & ~record._is_last[direction] & (direct != 0)).sum()),
-            is_reach=bool(record.loss_at_end[at]) or is_lower,
+            is_reach=bool(at_end[at]) or is_lower,
             is_lower=is_lower,
             horizon=float(record.horizon[at]),
             norms=record.rms_by_lag[at],

@@ -73,9 +73,9 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def squares(g, r, d):
-    """(BATCH, 4): Σ g², Σ r², Σ d² and a 0 for each column, in float64, as squares of small float32 gradients are no
-    float32 numbers. All are one tensor, so that warps exchange their sums once."""
-    g, r, d = g.to(tl.float64), r.to(tl.float64), d.to(tl.float64)
-    pairs = tl.join(tl.join(g * g, d * d), tl.join(r * r, tl.zeros_like(r)))  # (HIDDEN, BATCH, 2, 2)
+def squares(g, r, d, e):
+    """(BATCH, 4): Σ g², Σ r², Σ d² and Σ e² for each column, in float64, as squares of small float32 gradients are
+    no float32 numbers. All are one tensor, so that warps exchange their sums once."""
+    g, r, d, e = g.to(tl.float64), r.to(tl.float64), d.to(tl.float64), e.to(tl.float64)
+    pairs = tl.join(tl.join(g * g, d * d), tl.join(r * r, e * e))  # (HIDDEN, BATCH, 2, 2)
     return tl.sum(tl.reshape(pairs, g.shape[0], g.shape[1], 4), 0)

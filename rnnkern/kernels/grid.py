@@ -3,7 +3,7 @@
     forward      h_t = f(z_t + W h_{t-1})                           f = tanh or relu
     backward     g_t = e_t + r_t,  r_t = Wᵀ δ_{t+1}                 e_t = ∂L/∂y_t, g_t = ∂L/∂h_t
                  δ_t = clamp(g_t, ±clip) ⊙ f'(h_t),  ∂L/∂h_0 = Wᵀ δ_1
-    statistics   ‖g_t‖², ‖r_t‖², ‖δ_t‖² per step and sample, in float64, before the clamp
+    statistics   ‖g_t‖², ‖r_t‖², ‖δ_t‖², ‖e_t‖² per step and sample, in float64, before the clamp
 
 Program (slice, group) owns HIDDEN hidden units, hence as many rows of W (columns in the backward), and of the batch
 the tiles group, group + groups, …, BATCH samples each; it keeps its slice of W on chip where RESIDENT. Programs of one
@@ -184,4 +184,4 @@ def backward(
             if STATS:
                 mine = (visit - first).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
                 out = partial + (mine * B + sample[:, None]) * 4 + tl.arange(0, 4)[None, :]
-                tl.store(out, squares(g, r, d), mask=sample[:, None] < n)
+                tl.store(out, squares(g, r, d, e_now), mask=sample[:, None] < n)

@@ -3,7 +3,7 @@
     forward      h_t = f(z_t + W h_{t-1})                           f = tanh or relu
     backward     g_t = e_t + r_t,  r_t = Wᵀ δ_{t+1}                 e_t = ∂L/∂y_t, g_t = ∂L/∂h_t
                  δ_t = clamp(g_t, ±clip) ⊙ f'(h_t),  ∂L/∂h_0 = Wᵀ δ_1
-    statistics   ‖g_t‖², ‖r_t‖², ‖δ_t‖² per step and sample, in float64, before the clamp
+    statistics   ‖g_t‖², ‖r_t‖², ‖δ_t‖², ‖e_t‖² per step and sample, in float64, before the clamp
 
 A program owns BATCH samples and all HIDDEN >= H units, and walks the whole sequence; nothing crosses between programs.
 States are columns: W (HIDDEN, HIDDEN) times h (HIDDEN, BATCH), so that the tensor cores' 16-row side lies on the hidden
@@ -74,7 +74,7 @@ def backward(
     w_hh,  # (H, H)
     delta,  # like h, contiguous
     grad_h0,  # (B, H), contiguous
-    stats,  # (T, B, 4) float64, zeros: ‖g‖², ‖r‖², ‖δ‖², 0; only where STATS
+    stats,  # (T, B, 4) float64, zeros: ‖g‖², ‖r‖², ‖δ‖², ‖e‖²; only where STATS
     rows,  # as above
     T, B, start, walk, clip,
     e_t, e_b, grad_hn_b, h_t, h_b, w_j, w_k,  # strides
@@ -113,6 +113,6 @@ def backward(
         tl.store(delta + at + b * H + j, d_stored, mask=is_unit & (b < n))
         if STATS:
             out = stats + (t.to(tl.int64) * B + sample[:, None]) * 4 + tl.arange(0, 4)[None, :]
-            tl.store(out, squares(g, r, d), mask=sample[:, None] < n)
+            tl.store(out, squares(g, r, d, e_now), mask=sample[:, None] < n)
         r = tl.where(is_unit, tl.where(b < n, product, r), 0)
     tl.store(grad_h0 + b * H + j, r.to(storage), mask=is_unit & (b < B))

@@ -87,10 +87,10 @@ extern "C" long long twin_run(
     });
     for (int64_t t = 0; stats && t < T; ++t) {
       for (int slab = 0; slab < slabs_of(plan); ++slab) {
-        for (int k = 0; k < 3; ++k) {
+        for (int k = 0; k < 4; ++k) {
           for (int b = 0; b < B; ++b) {
             stats[(k * static_cast<int64_t>(T) + t) * B + b] +=
-                chain.partials[((t * slabs_of(plan) + slab) * 3 + k) * B + b];
+                chain.partials[((t * slabs_of(plan) + slab) * 4 + k) * B + b];
           }
         }
       }
