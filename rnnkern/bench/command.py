@@ -100,6 +100,10 @@ def _check(arguments: argparse.Namespace) -> None:
         reason = PEERS[name].unavailable(arguments.device)
         if reason:
             raise CannotRun(f"--peers: {name}: {reason}")
+    if arguments.compare is not None and arguments.later is None:
+        mine = arguments.out / str(results.machine(arguments.device)["name"]) / arguments.compare.name
+        if mine.resolve() == arguments.compare.resolve():
+            raise CannotRun(f"--out: the new run would overwrite {str(mine)!r}, which it is to be compared with")
     for folder in (arguments.out, *arguments.out.parents):
         if folder.exists():
             if not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -121,30 +121,35 @@ class _Session:
         return names
 
     def _too_large(self, cell: Cell) -> str | None:
-        if self.options.device == "cpu":
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-            if cell.bytes > 0.8 * free:
-                return f"needs about {cell.bytes / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
-        elif cell.bytes > 0.8 * (free := torch.cuda.mem_get_info()[0]):
-            return f"needs about {cell.bytes / 2**30:.0f} GiB of the GPU's memory, {free / 2**30:.0f} GiB are free"
-        left = self.total - (time.perf_counter() - self.began)
+        free = memory.available() if self.options.device == "cpu" else torch.cuda.mem_get_info()[0]
+        if cell.bytes > 0.8 * free:
+            return f"needs about {cell.bytes / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+        left = self._left()
         if left <= 0:
-            return f"the {self.total:.0f} s of the whole run were over"
+            return str(self._over()["reason"])
         chains = cell.T * cell.layers * cell.directions * cell.heads
         step = cell.flop / self.rate + chains * STEP_COST[cell.mode == "infer"]
         expected = step * (4 + len(self.peers))  # the truth in float64 takes about as long as four of them
         limit = min(left, TOLERATED * self.cell_seconds)
-        return (
-            None
-            if expected <= limit
-            else f"would take about {expected:.0f} s before any round, there are {limit:.0f} s"
-        )
+        if expected <= limit:
+            return None
+        return f"would take about {expected:.0f} s before any round, there are {limit:.0f} s"
+
+    def _left(self) -> float:
+        """Seconds of the whole run."""
+        return self.total - (time.perf_counter() - self.began)
+
+    def _over(self) -> Row:
+        return {"status": "skipped", "reason": f"the {self.total:.0f} s of the whole run were over"}
 
     def _measure_time(self, cell: Cell, rows: dict[str, Row], tell: Callable[[str], None]) -> None:
         problems: dict[Cell, Problem] = {}
         works: dict[str, Work] = {}
         try:
             for name, (peer, task) in self._names(cell).items():
+                if self._left() <= 0:
+                    rows[name].update(self._over())
+                    continue
                 if task not in problems:
                     problems[task] = Problem(task, self.threads, self.options.device)
                     tell("truth in float64")
@@ -173,6 +178,9 @@ class _Session:
 
     def _measure_memory(self, cell: Cell, rows: dict[str, Row], tell: Callable[[str], None]) -> None:
         for name, (peer, _) in self._names(cell).items():
+            if self._left() <= 0:
+                rows[name].update(self._over())
+                continue
             tell(f"{name}: memory")
             refusal = peer.refuses(Problem(replace(cell, T=2, chunk=min(cell.chunk, 2)), self.threads))
             reason = refusal or (memory.unavailable() if self.options.device == "cpu" else None)

@@ -113,7 +113,7 @@ def _thinned(grid: Callable[[str], Iterator[Cell]], keep: Callable[[Cell], bool]
 
 
 _SCALING_PEERS = ("rnnkern cuda", "rnnkern cpu", "rnnkern triton", "nn.RNN", "JAX")
-_RECURRENT = (*_SCALING_PEERS, "rnnkern cuda, graph", "nn.RNN, graph", "FlashRNN", "ONNX Runtime", "OpenVINO", "GEMM")
+_RECURRENT = (*_SCALING_PEERS, "rnnkern cuda (graph)", "nn.RNN (graph)", "FlashRNN", "ONNX Runtime", "OpenVINO", "GEMM")
 
 GRIDS: dict[str, Grid] = {
     "quick": Grid("three sizes, every mode and peer: what `make bench` runs", _quick, 2.5, 170),

@@ -3,7 +3,8 @@
 On a CPU a child process makes model and input, runs the step once on two time steps (libraries, thread teams), hands
 free memory back to the system, resets the kernel's high-water mark of its resident set, and runs the step once.
 Reported is the mark less what was resident before: output, what backward needs, gradients and workspaces, whoever
-allocated them. On a GPU it is the high-water mark of PyTorch's allocator, likewise.
+allocated them. The C library is told to give freed blocks back at once, so that memory which it merely keeps for later
+does not count. On a GPU it is the high-water mark of PyTorch's allocator, likewise.
 
     python -m rnnkern.bench.memory PEER THREADS CELL-AS-JSON
 """
@@ -14,6 +15,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,11 +28,20 @@ from rnnkern.bench.problem import Problem
 
 STATUS, MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PATIENCE = 300.0  # seconds
+#: glibc's: blocks from 64 KiB on are maps of their own, which end when they are freed
+RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def unavailable() -> str | None:
     """None where this system has the high-water mark, else why not."""
     return None if MARKS.exists() else "memory on a CPU is measured by Linux's /proc"
+
+
+def available() -> int:
+    """Bytes that this machine can still give; where the system does not say, half of all."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
+    return 1024 * int(found[1]) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def peak(peer: str, cell: Cell, threads: int, device: str = "cpu") -> int:
@@ -43,7 +54,8 @@ def peak(peer: str, cell: Cell, threads: int, device: str = "cpu") -> int:
         return _on_gpu(peer, cell, threads)
     command = [sys.executable, "-m", "rnnkern.bench.memory", peer, str(threads), json.dumps(cell.as_dict())]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        environment = {**os.environ, **RETURN_AT_ONCE}
+        child = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"took more than {PATIENCE:.0f} s") from None
     if child.returncode:

@@ -90,10 +90,10 @@ class Problem:
             if not found.isfinite().all():
                 raise ValueError(f"{name} is not finite")
             if name == "norms":
-                error = ((found - true).abs() / true.clamp(min=SMALLEST_NORM)).max()
+                error = float(((found - true).abs() / true.clamp(min=SMALLEST_NORM)).max())
             else:
-                error = (found - true).norm() / true.norm()
-            worst = max(worst, float(error))
+                error = float((found - true).norm() / true.norm().clamp(min=SMALLEST_NORM))
+            worst = worst if error <= worst else error  # a NaN stays
         return worst
 
 

@@ -148,4 +148,4 @@ def is_ours(peer: str) -> bool:
 
 
 #: behind the name of a peer that takes a step without recording, beside those that record
-UNWATCHED = ", unwatched"
+UNWATCHED = " (unwatched)"

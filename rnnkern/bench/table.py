@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import median
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -15,6 +16,18 @@ from rnnkern.bench.results import STATUSES, UNWATCHED, Row, Run, has_times, is_o
 from rnnkern.bench.stats import Exponent, Spread, differences, exponent, ratios, spread
 
 
+class Sheet(NamedTuple):
+    """A table, wherever it is shown."""
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+
+
+COSTS = ["mode", "T, B, H", "rnnkern, whole step", "added (quartiles)", "added, %", "loop, whole step"]
+COSTS += ["added to nn.RNN's", "to the loop's own", "the loop's cost over ours", "its step over ours"]
+
+
 def tables(run: Run) -> RenderableType:
     """Everything: the machine, times by mode, the cost of measuring, scaling, and what was not timed."""
     cells = rows_by_cell(run)
@@ -22,10 +35,7 @@ def tables(run: Run) -> RenderableType:
     for mode, dtype in dict.fromkeys((cell.mode, cell.dtype) for cell in cells if not cell.series):
         chosen = {c: rows for c, rows in cells.items() if (c.mode, c.dtype, c.series) == (mode, dtype, "")}
         parts.append(_times(mode, dtype, chosen))
-    if any(cost_of_measuring(rows) for rows in cells.values()):
-        parts.append(_costs(cells))
-    if any(cell.series for cell in cells):
-        parts.append(_scaling(cells))
+    parts += [_rich(sheet) for sheet in (*scaling(cells), *costs(cells))]
     parts += [Text(line) for line in untimed(run)]
     return Group(*parts)
 
@@ -127,33 +137,23 @@ def times_cheaper(loop: Spread, mine: Spread) -> str:
     return f"> {loop.median / mine.high:.0f}" if mine.high > 0 else "ours is lost in the noise"
 
 
-def _costs(cells: dict[Cell, dict[str, Row]]) -> Table:
-    table = Table(title="what measuring the norms costs, µs a step", title_justify="left", box=SIMPLE_HEAD)
-    for column in (
-        "mode",
-        "T, B, H",
-        "rnnkern, whole step",
-        "added",
-        "",
-        "loop, whole step",
-        "added",
-        "times",
-        "whole",
-    ):
-        table.add_column(column, justify="right")
+def costs(cells: dict[Cell, dict[str, Row]]) -> list[Sheet]:
+    """What recording the norms costs, against the loop that people write; nothing where it was not measured."""
+    lines = []
     for cell, rows in cells.items():
-        costs, mine = cost_of_measuring(rows), ours(rows)
-        if mine is None or "rnnkern" not in costs:
+        cost, mine = cost_of_measuring(rows), ours(rows)
+        if mine is None or "rnnkern" not in cost:
             continue
-        own = median(rows[mine]["seconds"])
-        added = costs["rnnkern"].median
-        line = [cell.mode, size(cell), _micro(own, cell), _micro(added, cell), f"{added / (own - added):+.1%}"]
-        if "loop" in costs:
+        whole, plain = (median(rows[name]["seconds"]) for name in (mine, mine + UNWATCHED))
+        low, middle, high = (_micro(seconds, cell) for seconds in cost["rnnkern"])
+        line = [cell.mode, size(cell), _micro(whole, cell), f"{middle} ({low} to {high})"]
+        line.append(f"{cost['rnnkern'].median / plain:+.1%}")
+        if "loop" in cost:
             loop = median(rows["cell loop"]["seconds"])
-            line += [_micro(loop, cell), _micro(costs["loop"].median, cell)]
-            line += [times_cheaper(costs["loop"], costs["rnnkern"]), f"{loop / own:.1f}"]
-        table.add_row(*line)
-    return table
+            line += [_micro(loop, cell), _micro(cost["loop"].median, cell), _micro(cost["loop alone"].median, cell)]
+            line += [times_cheaper(cost["loop"], cost["rnnkern"]), f"{loop / whole:.1f}x"]
+        lines.append(line + [""] * (len(COSTS) - len(line)))
+    return [Sheet("what measuring the norms costs, µs a step", COSTS, lines)] if lines else []
 
 
 def _micro(seconds: float, cell: Cell) -> str:
@@ -180,43 +180,55 @@ def fits(points: Iterable[tuple[float, float]]) -> Exponent | None:
     return exponent(sizes, values)
 
 
-def _scaling(cells: dict[Cell, dict[str, Row]]) -> RenderableType:
-    parts: list[RenderableType] = []
+def scaling(cells: dict[Cell, dict[str, Row]]) -> list[Sheet]:
+    """A table for each series, with fitted exponents, and one of nets."""
+    sheets = []
     for (series, quantity), lines in curves(cells).items():
-        unit = "ms" if quantity == "time" else "MiB"
-        scale = 1e3 if quantity == "time" else 1 / 2**20
-        table = Table(title=f"{quantity} against {series}, {unit}", title_justify="left", box=SIMPLE_HEAD)
+        scale, unit = (1e3, "ms") if quantity == "time" else (1 / 2**20, "MiB")
         sizes = sorted({size for points in lines.values() for size, _ in points})
-        for column in ("peer", *(f"{size:g}" for size in sizes), "exponent", "at the end"):
-            table.add_column(column, justify="left" if column == "peer" else "right")
+        body = []
         for peer, points in lines.items():
             there, fit = dict(points), fits(points)
             values = [f"{there[size] * scale:.3g}" if size in there else "–" for size in sizes]
-            table.add_row(peer, *values, *(["", ""] if fit is None else [f"{e:.2f}" for e in fit]))
-        parts.append(table)
+            body.append([peer, *values, *(["", ""] if fit is None else [f"{e:.2f}" for e in fit])])
+        head = ["peer", *(f"{size:g}" for size in sizes), "exponent", "at the end"]
+        sheets.append(Sheet(f"{quantity} against {series}, {unit}", head, body))
     nets = {cell: rows for cell, rows in cells.items() if cell.series == "net"}
     if nets:
-        table = Table(title="layers and directions, ms", title_justify="left", box=SIMPLE_HEAD)
         peers = list(dict.fromkeys(peer for rows in nets.values() for peer in rows))
-        for column in ("layers, directions", *peers):
-            table.add_column(column, justify="right")
+        body = []
         for cell, rows in nets.items():
             values = [f"{median(rows[p]['seconds']) * 1e3:.3g}" if has_times(rows[p]) else "–" for p in peers]
-            table.add_row(f"{cell.layers}, {cell.directions}", *values)
-        parts.append(table)
-    return Group(*parts)
+            body.append([f"{cell.layers}, {cell.directions}", *values])
+        sheets.append(Sheet("layers and directions, ms", ["layers, directions", *peers], body))
+    return sheets
+
+
+def _rich(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD)
+    for number, column in enumerate(sheet.head):
+        table.add_column(column, justify="right" if number else "left")
+    for line in sheet.lines:
+        table.add_row(*line)
+    return table
 
 
 def untimed(run: Run) -> list[str]:
     """A line for each peer and reason why cells of it were not timed in rounds, and for peers that are not here."""
-    lines = [f"not here: {peer}: {reason}" for peer, reason in run["missing"].items()]
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    lines = []
+    absent: dict[str, list[str]] = {}
+    for peer, reason in run["missing"].items():
+        absent.setdefault(reason, []).append(peer)
+    lines += [f"not here: {', '.join(peers)}: {reason}" for reason, peers in absent.items()]
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in run["rows"]:
         if row["status"] not in ("timed", "measured"):
-            groups.setdefault((row["status"], row["peer"], row.get("reason", "")), []).append(str(Cell.of(row)))
-    for (status, peer, reason), cells in groups.items():
+            groups.setdefault((row["status"], row.get("reason", "")), []).append(row)
+    for (status, reason), rows in groups.items():
+        peers, cells = (list(dict.fromkeys(values)) for values in zip(*((r["peer"], str(Cell.of(r))) for r in rows)))
         more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
-        lines.append(f"{status} ({STATUSES[status]}): {peer}: {reason + ': ' if reason else ''}{cells[0]}{more}")
+        why = f": {reason}" if reason else ""
+        lines.append(f"{status} ({STATUSES[status]}): {', '.join(peers)}{why}: {cells[0]}{more}")
     return lines
 
 

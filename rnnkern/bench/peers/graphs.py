@@ -27,7 +27,7 @@ class Graphed(Peer):
 
     def __init__(self, peer: TorchModule) -> None:
         self.peer = peer
-        self.name = f"{peer.name}, graph"  # type: ignore[misc]
+        self.name = f"{peer.name} (graph)"  # type: ignore[misc]
 
     def unavailable(self, device: str) -> str | None:
         return super().unavailable(device) or self.peer.unavailable(device)

@@ -27,7 +27,9 @@ class TorchCompile(Peer):
         cell = problem.cell
         weights = {n: w.clone().requires_grad_(cell.mode != "infer") for n, w in problem.weights[0].items()}
         inputs = [x.clone().requires_grad_(cell.mode != "infer") for x in problem.inputs]
+        # The first piece gets a state that has a gradient too, as the others: so one graph serves all of them.
         h0 = torch.zeros(cell.B, cell.H, device=problem.device, dtype=cell.precision.dtype)
+        h0.requires_grad_(cell.mode != "infer")
         # Each shape is compiled for itself; without this the second cell would get kernels for any shape.
         piece = torch.compile(_steps, dynamic=False, fullgraph=True)
 
@@ -46,8 +48,8 @@ class TorchCompile(Peer):
         def step(i: int) -> Tensor:
             x = inputs[i % len(inputs)]
             x.grad = None
-            for weight in weights.values():
-                weight.grad = None
+            for leaf in (h0, *weights.values()):
+                leaf.grad = None
             y = forward(x)
             torch.autograd.backward(y[-1] if cell.mode == "last" else y, problem.gradient)
             return y

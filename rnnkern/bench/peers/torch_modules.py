@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,24 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import rnnkern
-from rnnkern.backends import BACKENDS
+from rnnkern.backends import BACKENDS, select
 from rnnkern.bench.cells import Cell
 from rnnkern.bench.peers.base import Peer, Work
 from rnnkern.bench.problem import Answers, Problem
 from rnnkern.gradflow.record import Record
-
-
-class Heads(nn.Module):
-    """RNNs side by side, each on its own part of the input; one is called as it is."""
-
-    def __init__(self, models: list[nn.Module]) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(self.models) == 1:
-            return self.models[0](x)[0]
-        return torch.cat([model(part)[0] for model, part in zip(self.models, x.chunk(len(self.models), -1))], -1)
 
 
 class TorchModule(Peer):
@@ -39,76 +27,103 @@ class TorchModule(Peer):
     def module(self, options: dict[str, Any]) -> nn.Module:
         return nn.RNN(**options)
 
-    def context(self) -> AbstractContextManager[object]:
-        """What holds while it computes."""
-        return nullcontext()
+    def context(self, problem: Problem) -> Callable[[], AbstractContextManager[object]] | None:
+        """What must hold while it computes; None spares every call its cost."""
+        return None
 
     def refuses_cell(self, cell: Cell) -> str | None:
         return None
 
     def prepare(self, problem: Problem) -> Work:
-        cell = problem.cell
-        model = Heads(self.models(problem))
+        cell, models = problem.cell, self.models(problem)
         inputs = [x.clone().requires_grad_(cell.mode not in ("infer", "bptt")) for x in problem.inputs]
-        run = {"infer": self._infer, "bptt": self._chunks}.get(cell.mode, self._step)
-        compute = run(model, problem)
+        run = {"infer": _infer, "bptt": _chunks}.get(cell.mode, _step)
+        compute = run(models, problem)
 
         def call(i: int) -> Tensor | None:
-            with self.context():
-                return compute(inputs[i % len(inputs)])
+            return compute(inputs[i % len(inputs)])
 
-        return Work(call, lambda y: step_answers(model, inputs[0], y))
+        def answers(y: Tensor | None) -> Answers:
+            return step_answers(models, inputs[0], y)
 
-    def models(self, problem: Problem) -> list[nn.Module]:
-        models = []
+        return Work(self.in_context(call, problem), answers)
+
+    def models(self, problem: Problem) -> nn.ModuleList:
+        """One for each head."""
+        models = nn.ModuleList()
         for weights in problem.weights:
             model = self.module({**problem.options, "device": problem.device, "dtype": problem.cell.precision.dtype})
             model.load_state_dict(weights)
             models.append(model)
         return models
 
-    @staticmethod
-    def _infer(model: nn.Module, problem: Problem) -> Callable[[Tensor], Tensor]:
-        def infer(x: Tensor) -> Tensor:
-            with torch.no_grad():
-                return model(x)
+    def in_context(self, call: Callable[[int], Any], problem: Problem) -> Callable[[int], Any]:
+        context = self.context(problem)
+        if context is None:
+            return call
 
-        return infer
+        def calling(i: int) -> Any:
+            with context():
+                return call(i)
 
-    @staticmethod
-    def _step(model: nn.Module, problem: Problem) -> Callable[[Tensor], Tensor]:
-        gradient, last = problem.gradient, problem.cell.mode == "last"
-
-        def step(x: Tensor) -> Tensor:
-            model.zero_grad()
-            x.grad = None
-            y = model(x)
-            torch.autograd.backward(y[-1] if last else y, gradient)
-            return y
-
-        return step
-
-    @staticmethod
-    def _chunks(model: Heads, problem: Problem) -> Callable[[Tensor], None]:
-        rnn, gradient, steps = model.models[0], problem.gradient, problem.cell.chunk
-
-        def chunks(x: Tensor) -> None:
-            model.zero_grad()
-            bptt = rnnkern.TruncatedBPTT(steps)
-            for x_chunk, gradient_chunk in bptt.chunks(x, gradient):
-                y, bptt.hx = rnn(x_chunk, bptt.hx)
-                torch.autograd.backward(y, gradient_chunk)
-
-        return chunks
+        return calling
 
 
-def step_answers(model: Heads, x: Tensor, y: Tensor | None) -> Answers:
+def _forward(models: nn.ModuleList) -> Callable[[Tensor], Tensor]:
+    """Heads side by side, each on its own part of the input; one is called as it is."""
+    if len(models) == 1:
+        (model,) = models
+        return lambda x: model(x)[0]
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.cat([model(part)[0] for model, part in zip(models, x.chunk(len(models), -1))], -1)
+
+    return forward
+
+
+def _infer(models: nn.ModuleList, problem: Problem) -> Callable[[Tensor], Tensor]:
+    forward = _forward(models)
+
+    def infer(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return forward(x)
+
+    return infer
+
+
+def _step(models: nn.ModuleList, problem: Problem) -> Callable[[Tensor], Tensor]:
+    forward, gradient, last = _forward(models), problem.gradient, problem.cell.mode == "last"
+
+    def step(x: Tensor) -> Tensor:
+        models.zero_grad()
+        x.grad = None
+        y = forward(x)
+        torch.autograd.backward(y[-1] if last else y, gradient)
+        return y
+
+    return step
+
+
+def _chunks(models: nn.ModuleList, problem: Problem) -> Callable[[Tensor], None]:
+    (model,), gradient, steps = models, problem.gradient, problem.cell.chunk
+
+    def chunks(x: Tensor) -> None:
+        models.zero_grad()
+        bptt = rnnkern.TruncatedBPTT(steps)
+        for x_chunk, gradient_chunk in bptt.chunks(x, gradient):
+            y, bptt.hx = model(x_chunk, bptt.hx)
+            torch.autograd.backward(y, gradient_chunk)
+
+    return chunks
+
+
+def step_answers(models: nn.ModuleList, x: Tensor, y: Tensor | None) -> Answers:
     """Of a step that left its gradients where PyTorch puts them."""
     answers: Answers = {} if y is None else {"output": y.detach().double()}
     if x.grad is not None:
         answers["grad x"] = x.grad.double()
-    for k, head in enumerate(model.models):
-        number = f" {k}" if len(model.models) > 1 else ""
+    for k, head in enumerate(models):
+        number = f" {k}" if len(models) > 1 else ""
         grads = {f"grad {n}{number}": p.grad.double() for n, p in head.named_parameters() if p.grad is not None}
         answers.update(grads)
     return answers
@@ -138,22 +153,22 @@ class Rnnkern(TorchModule):
     def module(self, options: dict[str, Any]) -> nn.Module:
         return rnnkern.RNN(**options)
 
-    def context(self) -> AbstractContextManager[object]:
-        return rnnkern.use_backend(self.backend)
+    def context(self, problem: Problem) -> Callable[[], AbstractContextManager[object]] | None:
+        chosen = select(torch.empty((1, 1, problem.cell.H), dtype=problem.cell.precision.dtype, device=problem.device))
+        return None if chosen.name == self.backend else partial(rnnkern.use_backend, self.backend)
 
     def prepare(self, problem: Problem) -> Work:
         return self._watched(problem) if problem.cell.mode in ("watch", "record") else super().prepare(problem)
 
     def _watched(self, problem: Problem) -> Work:
-        model, reads = Heads(self.models(problem)), problem.cell.mode == "watch"
+        models, reads = self.models(problem), problem.cell.mode == "watch"
         inputs = [x.clone().requires_grad_() for x in problem.inputs]
-        step = self._step(model, problem)
-        flow = rnnkern.watch(model)
+        step = _step(models, problem)
+        flow = rnnkern.watch(models)
 
         def call(i: int) -> tuple[Tensor, Record | None]:
-            with self.context():
-                y = step(inputs[i % len(inputs)])
-                flow.step()
+            y = step(inputs[i % len(inputs)])
+            flow.step()
             return y, flow.read() if reads else None
 
         def answers(result: tuple[Tensor, Record | None]) -> Answers:
@@ -161,6 +176,6 @@ class Rnnkern(TorchModule):
             record = record or flow.read()
             assert record is not None
             norms = np.stack([record[name].norm[0, 0] for name in record.modules])
-            return step_answers(model, inputs[0], y) | {"norms": torch.from_numpy(norms).norm(dim=0)}
+            return step_answers(models, inputs[0], y) | {"norms": torch.from_numpy(norms).norm(dim=0)}
 
-        return Work(call, answers, "rnnkern.watch at every step", flow.close)
+        return Work(self.in_context(call, problem), answers, "rnnkern.watch at every step", flow.close)

@@ -1,0 +1,434 @@
+"""The benchmarks: what may be timed, in which order, and what becomes of the times. No test asserts how long one is."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import threads
+
+from rnnkern import cli
+from rnnkern.bench import command, compare, engine, memory, results, stats, table, timing
+from rnnkern.bench.cells import Cell
+from rnnkern.bench.engine import Options, prepared_and_compared
+from rnnkern.bench.grids import GRIDS, Grid, cells_of
+from rnnkern.bench.peers import PEERS, jax, torch_compile
+from rnnkern.bench.peers.base import Work
+from rnnkern.bench.peers.torch_modules import TorchRNN
+from rnnkern.bench.problem import Problem
+from rnnkern.bench.results import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = Options(grid="test", cell_seconds=1e-3, total_seconds=60)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """The cells of the grid "test", to be filled."""
+    cells: list[Cell] = []
+    monkeypatch.setitem(GRIDS, "test", Grid("for a test", lambda device: iter(cells), 1e-3, 60))
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
+    monkeypatch.setattr(timing, "TURN", 0.0)
+    return cells
+
+
+def of(run: Run, peer: str, cell: Cell) -> dict[str, Any]:
+    return results.rows_by_cell(run)[cell][peer]
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peer", [name for name in PEERS if PEERS[name].compared])
+def test_every_peer_computes_the_truth(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = PEERS[peer].unavailable("cpu")
+    if reason is not None:
+        pytest.skip(f"{peer}: {reason}")
+    monkeypatch.setattr(torch_compile, "UNROLLED", 2)
+    monkeypatch.setattr(jax, "UNROLL", (1,))
+    modes = ("train",) if peer == "torch.compile" else PEERS[peer].modes  # compiling takes seconds
+    for mode in modes:
+        row: dict[str, Any] = {}
+        work = prepared_and_compared(
+            PEERS[peer], Problem(Cell(mode, 4, 3, 8, 5, chunk=2), torch.get_num_threads()), row
+        )
+        assert work is not None, f"{mode}: {row}"
+        assert row["error"] < 1e-5
+        work.close()
+
+
+@pytest.mark.parametrize("shape", [{"heads": 3}, {"layers": 2, "directions": 2}, {"dtype": "bf16"}])
+@pytest.mark.parametrize("peer", ["rnnkern cpu", "nn.RNN"])
+def test_heads_layers_directions_and_bf16(peer: str, shape: dict[str, Any], cpu_library: None) -> None:
+    row: dict[str, Any] = {}
+    assert prepared_and_compared(PEERS[peer], Problem(Cell("train", 4, 3, 8, **shape), 1), row), row
+    assert row["error"] > 0
+
+
+def test_peers_say_what_they_cannot_do() -> None:
+    two = Problem(Cell("infer", 2, 1, 4, layers=2), 1)
+    assert PEERS["cell loop"].refuses(two) == "is written here for one of: layers"
+    assert PEERS["ONNX Runtime"].refuses(Problem(Cell("train", 2, 1, 4), 1)) == "has no train"
+    assert "float32" in (PEERS["ONNX Runtime"].refuses(Problem(Cell("infer", 2, 1, 4, dtype="bf16"), 1)) or "")
+    assert "threads" in (PEERS["JAX"].refuses(Problem(Cell("infer", 2, 1, 4, threads=2), 1)) or "")
+    assert PEERS["nn.RNN (graph)"].unavailable("cpu") == "does not compute on cpu"
+
+
+def test_problems_are_the_same_for_all_and_for_every_mode() -> None:
+    a, b = (Problem(Cell(mode, 3, 2, 4), 1) for mode in ("train", "watch"))
+    assert torch.equal(a.inputs[0], b.inputs[0]) and torch.equal(a.gradient, b.gradient)
+    assert all(torch.equal(a.weights[0][name], b.weights[0][name]) for name in a.weights[0])
+    torch.testing.assert_close(a.truth["grad weight_hh_l0"], b.truth["grad weight_hh_l0"])
+
+
+class Altered(TorchRNN):
+    """nn.RNN with something wrong about it."""
+
+    def __init__(self, name: str, wrong: str) -> None:
+        self.name, self.wrong, self.calls = name, wrong, 0  # type: ignore[misc]
+
+    def prepare(self, problem: Problem) -> Work:
+        if self.wrong == "raises":
+            raise RuntimeError("no such kernel\nwith a long trace")
+        work = super().prepare(problem)
+
+        def call(i: int) -> Any:
+            self.calls += 1
+            return work.call(i)
+
+        def answers(result: Any) -> dict[str, torch.Tensor]:
+            found = work.answers(result)
+            if self.wrong == "value":
+                found["grad weight_hh_l0"] = found["grad weight_hh_l0"] * 1.001
+            if self.wrong == "nan":
+                found["output"][0, 0, 0] = float("nan")
+            if self.wrong == "shape":
+                found["output"] = found["output"].transpose(0, 1)
+            if self.wrong == "missing":
+                del found["grad x"]
+            return found
+
+        return Work(call, answers)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "reason"),
+    [
+        ("value", "wrong", "relative error 1.0e-03, fp32 explains 1e-04"),
+        ("nan", "failed", "output is not finite"),
+        ("shape", "failed", "output has shape (2, 4, 8), not (4, 2, 8)"),
+        ("missing", "failed", "returns no grad x"),
+        ("raises", "failed", "RuntimeError: no such kernel"),
+    ],
+)
+def test_what_computes_something_else_is_reported_and_not_timed(
+    wrong: str, status: str, reason: str, grid: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Altered("altered", wrong)
+    monkeypatch.setitem(PEERS, "altered", peer)
+    cell = Cell("train", 4, 2, 8)
+    grid.append(cell)
+    run = engine.run(Options(**{**vars(QUICK), "peers": ("nn.RNN", "altered")}))
+    row = of(run, "altered", cell)
+    assert (row["status"], "seconds" in row) == (status, False)
+    assert reason in row["reason"] and "\n" not in row["reason"]
+    assert peer.calls <= 1
+    assert of(run, "nn.RNN", cell)["status"] in ("timed", "one call")
+    assert any("altered" in line and reason in line for line in table.untimed(run))
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SETTLE", 0.0)
+    monkeypatch.setattr(timing, "TURN", 0.0)
+    log: list[str] = []
+    calls = {name: lambda i, name=name: log.append(name) for name in "abc"}
+    times = timing.interleaved(calls, 1e9)  # type: ignore[arg-type]
+    assert [len(t.seconds) for t in times.values()] == [timing.MOST_ROUNDS] * 3
+    turns = log[-3 * timing.MOST_ROUNDS :]
+    assert ["".join(turns[k : k + 3]) for k in range(0, len(turns), 3)] == ["abc", "bca", "cab"] * 10
+
+
+def test_what_is_too_slow_for_rounds_has_one_call() -> None:
+    counts: Counter[str] = Counter()
+
+    def slow(i: int) -> None:
+        counts["slow"] += 1
+        torch.randn(300, 300) @ torch.randn(300, 300)
+
+    times = timing.interleaved({"slow": slow, "quick": lambda i: counts.update(quick=1)}, 1e-5)
+    assert not times["slow"].complete and len(times["slow"].seconds) == 1
+    assert counts["slow"] <= 3
+
+
+def test_every_cell_and_peer_has_a_row(grid: list[Cell], cpu_library: None) -> None:
+    grid += [Cell("watch", 4, 2, 8), Cell("infer", 4, 2, 8), Cell("bptt", 4, 2, 8, chunk=2, series="chunk")]
+    peers = ("rnnkern cpu", "nn.RNN", "cell loop", "GEMM")
+    run = engine.run(Options(**{**vars(QUICK), "peers": peers, "cell_seconds": 0.05}))
+    plain = {f"{name} (unwatched)" for name in ("rnnkern cpu", "nn.RNN", "cell loop")}
+    rows = results.rows_by_cell(run)
+    assert set(rows[grid[0]]) == {"rnnkern cpu", "cell loop", "GEMM"} | plain
+    assert set(rows[grid[1]]) == set(peers)
+    assert set(rows[grid[2]]) == {"rnnkern cpu", "nn.RNN"}
+    assert {row["status"] for row in run["rows"]} <= {"timed", "one call"}
+    assert set(table.cost_of_measuring(rows[grid[0]])) == {"rnnkern", "loop", "loop alone"}
+
+
+def test_what_does_not_fit_is_said(grid: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
+    grid += [Cell("train", 10**5, 1, 8), Cell("train", 10**9, 64, 1024), Cell("infer", 2, 1, 4)]
+    run = engine.run(Options(**{**vars(QUICK), "peers": ("nn.RNN",)}))
+    slow, large, small = run["rows"]
+    assert slow["status"] == large["status"] == "skipped"
+    assert "would take about" in slow["reason"] and "GiB of memory" in large["reason"]
+    assert small["status"] in ("timed", "one call")
+    monkeypatch.setattr(engine._Session, "_left", lambda self: -1.0)
+    assert {row["reason"] for row in engine.run(Options(**vars(QUICK)))["rows"][-1:]} == {
+        "the 60 s of the whole run were over"
+    }
+
+
+@pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
+def test_peak_of_memory() -> None:
+    """Output, gradient of x, and delta, or what nn.RNN keeps: more than two of them and not many."""
+    cell = Cell("train", 2048, 8, 64)
+    elements = memory.peak("nn.RNN", cell, 1) / (cell.T * cell.B * cell.H * 4)
+    assert 3 < elements < 8
+
+
+def test_memory_says_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="killed"):
+        memory.peak("nn.RNN", Cell("train", 2, 1, 4), 1)
+
+
+def test_grids_are_those_that_were_published() -> None:
+    sizes = {name: {(c.T, c.B, c.H, c.heads) for c in cells_of(name, "cpu")} for name in GRIDS}
+    assert {(1024, 16, 16, 48), (1024, 16, 768, 1), (1024, 256, 64, 12), (2048, 16, 768, 1)} <= sizes["flashrnn"]
+    assert sizes["flaggems"] == {(16, 4, 32, 1), (32, 8, 64, 1), (64, 16, 128, 1)}
+    assert len({(c.B, c.H, c.I) for c in cells_of("haste", "cpu")}) == 5 * 9 * 4
+    assert max(c.T for c in cells_of("scaling", "cpu")) == 65536
+    for small in ("flashrnn", "haste"):
+        assert sizes[f"{small}-small"] and sizes[f"{small}-small"] <= sizes[small]
+
+
+# --- what becomes of the times ---------------------------------------------------------------------------------------
+
+
+def synthetic(times: dict[str, list[float]], **changes: Any) -> Run:
+    """A run of one cell with these times."""
+    rows = [
+        {**Cell("train", 10, 4, 8).as_dict(), "peer": peer, "status": "timed", "error": 1e-7, "seconds": seconds}
+        for peer, seconds in times.items()
+    ]
+    return {
+        "format": results.FORMAT,
+        "grid": "quick",
+        "machine": {"name": "box", "cpu": "A processor", "isa": "avx2", "processors": 2},
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+        "started": "2030-01-01T00:00:00+00:00",
+        "took": 1.0,
+        "settings": {"threads": 2, "subnormals": "flushed to zero", "load_before": 0.1},
+        "missing": {"JAX": "jax is not installed"},
+        "rows": rows,
+    } | changes
+
+
+BEFORE = synthetic({"rnnkern cpu": [1.0, 1.1, 1.0, 0.9], "nn.RNN": [2.0, 2.2, 2.0, 1.8], "GEMM": [0.1] * 4})
+
+
+def test_a_run_comes_back_from_json(tmp_path: Path) -> None:
+    path = results.path_of(BEFORE, tmp_path)
+    results.write(BEFORE, path)
+    assert path == tmp_path / "box" / "quick.json" and list(path.parent.iterdir()) == [path]
+    assert results.read(path) == BEFORE
+    assert len(path.read_text().splitlines()) > len(BEFORE["rows"])  # a row a line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), ("{", "is not JSON"), ("[1]", "not a run"), ('{"format": 0}', "not a")],
+)
+def test_what_is_no_run_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("factor", "machine_factor", "verdict"),
+    [(1.0, 3.0, "same"), (1.3, 1.0, "slower"), (0.5, 2.0, "faster"), (1.03, 1, "same")],
+)
+def test_comparison_is_by_ratios(factor: float, machine_factor: float, verdict: str) -> None:
+    after = copy.deepcopy(BEFORE)
+    for row in after["rows"]:
+        own = factor if row["peer"] == "rnnkern cpu" else 1.0
+        row["seconds"] = [s * machine_factor * own for s in row["seconds"]]
+    (change,) = compare.changes(BEFORE, after)
+    assert (change.verdict, change.yardstick) == (verdict, "nn.RNN")
+    assert change.factor == pytest.approx(factor)
+    assert change.is_regression is (verdict == "slower")
+
+
+def test_overlapping_spreads_are_no_change() -> None:
+    before = synthetic({"rnnkern cpu": [1.0, 1.4, 1.2, 0.8], "nn.RNN": [2.0] * 4})
+    after = synthetic({"rnnkern cpu": [1.1, 1.5, 1.3, 0.9], "nn.RNN": [2.0] * 4})
+    (change,) = compare.changes(before, after)
+    assert change.factor > compare.THRESHOLD and change.verdict == "same"
+
+
+def test_comparison_says_what_differs() -> None:
+    after = copy.deepcopy(BEFORE) | {"machine": {**BEFORE["machine"], "name": "another"}}
+    after["rows"][1]["peer"] = "someone"
+    after["rows"][2]["status"] = "one call"
+    assert compare.changes(BEFORE, after) == []
+    lines = compare.not_compared(BEFORE, after)
+    assert any("box before, another after" in line for line in lines)
+    assert any("not comparable: 1" in line and "rnnkern cpu" in line for line in lines)
+
+
+def test_statistics() -> None:
+    assert stats.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert stats.ratios([2.0, 6.0], [1.0, 2.0]) == [2.0, 3.0]
+    assert stats.ratios([8.0], [1.0, 2.0, 3.0]) == [4.0]
+    fit = stats.exponent([4, 1, 2], [48.0, 3.0, 12.0])
+    assert fit is not None and fit == pytest.approx((2.0, 2.0))
+    assert stats.exponent([1, 2], [1.0, 2.0]) is None
+    ours, loop = stats.Spread(0.5, 1.0, 2.0), stats.Spread(9.0, 10.0, 11.0)
+    assert table.times_cheaper(loop, ours) == "10"
+    assert table.times_cheaper(loop, stats.Spread(-1.0, 1.0, 2.0)) == "> 5"
+    assert table.times_cheaper(loop, stats.Spread(-3.0, -2.0, -1.0)) == "ours is lost in the noise"
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("jinja2")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import page
+
+    return page
+
+
+def test_the_page_shows_who_wins(page: Any, tmp_path: Path) -> None:
+    run = synthetic({"rnnkern cpu": [2e-5] * 4, "nn.RNN": [4e-5] * 4, "JAX": [1e-5] * 4, "GEMM": [1e-6] * 4})
+    run["rows"].append({**Cell("train", 10, 4, 8).as_dict(), "peer": "liar", "status": "wrong", "reason": "by 5"})
+    results.write(run, results.path_of(run, tmp_path / "results"))
+    (tmp_path / "results" / "notes.txt").write_text("of another form")
+    runs, others = page.collect(tmp_path / "results")
+    text = page.render(runs, others, tmp_path / "docs" / "results.md")
+    assert "| 10, 4, 8 | 2 | 4<br>2.00x (2.00–2.00) | **1**<br>0.50x (0.50–0.50) | wrong |" in text
+    assert "- wrong (computes something else: not timed): liar: by 5:" in text
+    assert "- not here: JAX: jax is not installed" in text
+    assert "(../results/box/quick.json)" in text and "../results/notes.txt" in text
+
+
+def test_the_page_is_made_from_the_runs_that_are_kept(page: Any) -> None:
+    runs, others = page.collect(ROOT / "benchmarks" / "results")
+    path = ROOT / "docs" / "results.md"
+    assert path.read_text() == page.render(runs, others, path), "run `make results`"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench_needs() -> None:
+    for module in command.NEEDS:
+        pytest.importorskip(module)
+
+
+def test_bench_runs_writes_and_compares(
+    bench_needs: None, cpu_library: None, grid: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid += [Cell("train", 4, 2, 8), Cell("infer", 4, 2, 8)]
+    run = ["bench", "--grid", "test", "--cell-seconds", "0.05", "--peers", "rnnkern cpu,nn.RNN", "--out"]
+    assert cli.main([*run, str(tmp_path)]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} == {"test.json", "test.png"}
+    printed = capsys.readouterr().out
+    for word in ("rnnkern cpu", "nn.RNN", "µs a step", "quartiles", "test.json"):
+        assert word in printed
+    earlier = folder / "test.json"
+    assert cli.main(["bench", "--compare", str(earlier), "--later", str(earlier)]) == 0
+    assert "0 of 2 are worse" in capsys.readouterr().out
+    assert cli.main([*run, str(tmp_path), "--compare", str(earlier)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+
+
+def test_bench_fails_where_something_became_slower(
+    bench_needs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after = copy.deepcopy(BEFORE)
+    after["rows"][0]["seconds"] = [2.0] * 4
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, run in zip(paths, (BEFORE, after), strict=True):
+        results.write(run, path)
+    assert cli.main(["bench", "--compare", str(paths[0]), "--later", str(paths[1])]) == 1
+    assert "1 of 1 are worse than at commit abc" in capsys.readouterr().out
+
+
+def test_bench_lists_grids_and_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*GRIDS, *PEERS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "nobody"], "there is no 'nobody'"),
+        (["--peers", "FlashRNN"], "FlashRNN: does not compute on cpu"),
+        (["--grid", "quick", "--modes", "bptt"], "has none of bptt"),
+        (["--later", "x.json"], "--later needs --compare"),
+        (["--compare", "missing.json"], "cannot read 'missing.json'"),
+        (["--out", "/dev/null"], "cannot write into"),
+    ],
+)
+def test_bench_refuses(
+    arguments: list[str], message: str, bench_needs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--grid", "x"), ("--modes", "x"), ("--threads", "0"), ("--seconds", "-1"), ("--seconds", "nan")],
+)
+def test_bench_refuses_values(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["bench", option, value])
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_bench_refuses_pinned_threads(
+    bench_needs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    assert cli.main(["bench"]) == 2
+    assert "OMP_PROC_BIND is set" in capsys.readouterr().err
+
+
+def test_bench_names_what_is_missing(
+    bench_needs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench"]) == 2
+    assert 'needs matplotlib, not installed here. Run: pip install "rnnkern[bench]"' in capsys.readouterr().err
