@@ -175,6 +175,26 @@ def test_what_is_too_slow_for_rounds_has_one_call() -> None:
     assert counts["slow"] <= 3
 
 
+def test_on_a_gpu_turns_lie_between_events_and_inputs_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append(self)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert (log[0], log[-2]) == (self, end)
+            return 6000.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait") if log else None)
+    assert timing._turn_on_gpu(log.append, 3, 2) == 2.0
+    assert log[1:4] == [6, 7, 8] and log[-1] == "wait"
+
+
 def test_every_cell_and_peer_has_a_row(grid: list[Cell], cpu_library: None) -> None:
     grid += [Cell("watch", 4, 2, 8), Cell("infer", 4, 2, 8), Cell("bptt", 4, 2, 8, chunk=2, series="chunk")]
     peers = ("rnnkern cpu", "nn.RNN", "cell loop", "GEMM")

@@ -59,7 +59,11 @@ def draw(run: Run) -> Figure:
         _ratios(axes, *key, chosen, peers)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(_title(run), x=0.01, ha="left", fontsize=10)
+    named = dict(pair for axes in grid for pair in zip(*reversed(axes.get_legend_handles_labels())))
+    figure.legend(named.values(), named, loc="outside lower center", frameon=False, fontsize=8, ncols=5)
+    figure.suptitle(
+        f"{_title(run)}\nabove the line: slower than rnnkern; bars: quartiles", x=0.01, ha="left", fontsize=10
+    )
     return figure
 
 
@@ -95,10 +99,9 @@ def _ratios(axes: Axes, mode: str, dtype: str, cells: dict[Cell, dict[str, Row]]
     axes.set_xticks(range(len(cells)), [size(c).partition(", ")[2] for c in cells], rotation=30, ha="right", fontsize=8)
     axes.set_xlim(-0.5, len(cells) - 0.5)
     axes.set_xlabel(f"B, H (T = {', '.join(dict.fromkeys(str(cell.T) for cell in cells))})")
-    axes.set_ylabel("time, rnnkern = 1")
+    axes.set_ylabel("time, rnnkern's = 1")
     _plain_numbers(axes)
     axes.set_title(f"{mode}, {dtype}", loc="left")
-    axes.legend(frameon=False, fontsize=7, ncols=2)
     _tidy(axes)
 
 

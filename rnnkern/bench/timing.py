@@ -39,13 +39,14 @@ class Times:
 
 
 def interleaved(calls: Mapping[str, Call], budget: float, device: str = "cpu") -> dict[str, Times]:
-    """Rounds of all calls within about ``budget`` seconds; those that are too slow for that have one call, not rounds.
+    """Rounds of all calls within about ``budget`` seconds, or the least number of them; a call that alone takes longer
+    than that has no rounds, but one time.
 
     All have been called before: nothing compiles or allocates for the first time here.
     """
     turn = _turn_on_gpu if device == "cuda" else _turn
     once = {name: _once(turn, call, budget) for name, call in calls.items()}
-    slow = {name for name, seconds in once.items() if seconds * LEAST_ROUNDS > budget}
+    slow = {name for name, seconds in once.items() if seconds > budget}
     repeats = {name: max(1, round(TURN / seconds)) for name, seconds in once.items() if name not in slow}
     cost = sum(once[name] * repeats[name] + _settling(once[name]) for name in repeats)
     rounds = min(max(int(budget / cost), LEAST_ROUNDS), MOST_ROUNDS) if repeats else 0

@@ -26,6 +26,7 @@ class Jax(Peer):
     needs: ClassVar[dict[str, str]] = {"jax": "jax"}
     devices = ("cpu", "cuda")
     threads_for_good = True
+    in_memory = True
 
     def unavailable(self, device: str) -> str | None:
         # XLA reads these when it makes its thread pool, and when it takes a GPU's memory.

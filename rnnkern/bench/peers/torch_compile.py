@@ -12,6 +12,7 @@ from rnnkern.bench.problem import Answers, Problem
 
 #: Steps that are compiled as one piece: compiling takes time in proportion, and the whole loop would take minutes.
 UNROLLED = 8
+MOST_SHAPES = 10_000
 
 
 class TorchCompile(Peer):
@@ -30,7 +31,8 @@ class TorchCompile(Peer):
         # The first piece gets a state that has a gradient too, as the others: so one graph serves all of them.
         h0 = torch.zeros(cell.B, cell.H, device=problem.device, dtype=cell.precision.dtype)
         h0.requires_grad_(cell.mode != "infer")
-        # Each shape is compiled for itself; without this the second cell would get kernels for any shape.
+        # Each shape is compiled for itself; as many as a grid has, where Dynamo would give up after 8.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
         piece = torch.compile(_steps, dynamic=False, fullgraph=True)
 
         def forward(x: Tensor) -> Tensor:
