@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class _Session:
         load, started = _load(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         rows: list[Row] = []
         for number, cell in enumerate(self.cells):
-            self.report(number, len(self.cells), str(cell))
-            rows += self._cell(cell, lambda what, n=number, c=cell: self.report(n, len(self.cells), f"{c}: {what}"))  # type: ignore[misc]
+            self._tell(number, cell, "begins")
+            rows += self._cell(cell, partial(self._tell, number, cell))
         self.report(len(self.cells), len(self.cells), "done")
         return {
             "format": results.FORMAT,
@@ -96,6 +97,9 @@ class _Session:
             "missing": self.missing,
             "rows": rows,
         }
+
+    def _tell(self, number: int, cell: Cell, what: str) -> None:
+        self.report(number, len(self.cells), f"{cell}: {what}")
 
     def _cell(self, cell: Cell, tell: Callable[[str], None]) -> list[Row]:
         rows = {name: {**cell.as_dict(), "peer": name} for name in self._names(cell)}
