@@ -1,6 +1,11 @@
 # make demo       train the digits demo and write its picture (OUT=docs/demo.png)
 # make textbook   run docs/textbook.py and write docs/textbook.md and its pictures
 # make test       run the tests, in a process for each processor (ARGS="-k packed" goes to pytest, "-n 0" makes it one)
+# make bench      rnnkern.RNN against nn.RNN, JAX, ONNX Runtime, OpenVINO ... on this machine, in three minutes; GRID=ours,
+#                 flashrnn, haste, flaggems, scaling (.venv/bin/rnnkern bench --list) is another grid, OUT_DIR where it goes
+# make bench-scaling  time and memory against T, B, H, threads, with fitted exponents
+# make bench-compare  EARLIER=file.json: the same grid again, compared by ratios; fails where something became slower
+# make results    docs/results.md from the runs in benchmarks/results
 # make bench-cpu  rnnkern.RNN against torch.nn.RNN; the table goes to TABLE (build/bench-cpu.txt)
 # make gpu-test   the tests of the GPU backends on the GPU that is here
 # make gpu-bench  rnnkern.RNN against torch.nn.RNN on it; the results go to RESULTS (build/bench-gpu.json)
@@ -14,6 +19,8 @@
 
 PYTHON ?= python3
 OUT ?= docs/demo.png
+GRID ?= quick
+OUT_DIR ?= benchmarks/results
 TABLE ?= build/bench-cpu.txt
 RESULTS ?= build/bench-gpu.json
 ARGS ?=
@@ -25,7 +32,8 @@ CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 # Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo textbook test bench-cpu gpu gpu-test gpu-bench lint format asan ubsan clean distclean
+.PHONY: demo textbook test bench bench-scaling bench-compare results bench-cpu gpu gpu-test gpu-bench lint format asan \
+        ubsan clean distclean
 .NOTPARALLEL:
 
 demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
@@ -37,6 +45,16 @@ textbook: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
 
 test: .venv/.stamp-test $(LIBRARY) .venv/.stamp-install
 	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
+
+bench bench-scaling: .venv/.stamp-bench .venv/.stamp-peers $(LIBRARY) .venv/.stamp-install
+	$(RUN) -m rnnkern bench --grid $(GRID) --out $(OUT_DIR) $(ARGS)
+bench-scaling: GRID = scaling
+
+bench-compare: .venv/.stamp-bench .venv/.stamp-peers $(LIBRARY) .venv/.stamp-install
+	$(RUN) -m rnnkern bench --compare $(EARLIER) --out build/bench $(ARGS)
+
+results: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
+	$(RUN) benchmarks/page.py
 
 bench-cpu: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
 	OMP_PROC_BIND=true $(RUN) -m pytest benchmarks/bench_cpu.py --benchmark-quiet --table $(TABLE) $(ARGS)

@@ -1,4 +1,4 @@
-"""The command ``rnnkern``: doctor, demo.
+"""The command ``rnnkern``: doctor, demo, bench.
 
 Exit codes: 0 all is well, 1 something does not work here, 2 the command cannot start as it was called, 130 Ctrl-C.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import rnnkern
 from rnnkern import doctor
+from rnnkern.bench import command as bench
 
 #: what `rnnkern demo` imports, and the distribution that brings it
 DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -78,6 +79,18 @@ def _parser() -> argparse.ArgumentParser:
         help="Adam's learning rate, falling to 0 along a cosine",
     )
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "bench",
+        help="time it against torch.nn.RNN, JAX, ONNX Runtime, OpenVINO and others on this machine",
+        description="Give every peer that is installed the same weights and inputs, compare its output, gradients and "
+        "norms with a float64 truth, and time those that are right in turns, round by round. Prints tables, writes "
+        "all times as JSON and a picture.",
+        epilog='Needs matplotlib and rich: pip install "rnnkern[bench]"; "rnnkern[peers]" brings the peers. Exit code '
+        "1: something was slower than in the run that --compare names, or nothing could be timed.",
+    )
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.run)
     return parser
 
 
