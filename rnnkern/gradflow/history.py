@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -69,6 +70,21 @@ class History:
         for i, column in enumerate(columns):
             values[:, :, : column.shape[2], i] = column
         return np.array(steps, np.int64), values, np.arange(lengths.max())[:, None] < lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in tensors and plain values, which ``torch.load(weights_only=True)`` takes."""
+        columns = {
+            step: {name: torch.from_numpy(curves) for name, curves in column.items()}
+            for step, column in self._columns.items()
+        }
+        return {"gap": self.gap, "columns": columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what the history was that gave this state."""
+        self.gap = state["gap"]
+        self._columns = {
+            step: {name: curves.numpy() for name, curves in column.items()} for step, column in state["columns"].items()
+        }
 
     def _is_full(self) -> bool:
         size = sum(curves.nbytes for column in self._columns.values() for curves in column.values())
