@@ -75,7 +75,9 @@ def _resumed(given: dict[str, Any], path: Path) -> Training:
     task = _task(options)
     if task.digest != checkpoint.digest:
         name = "the sources of Python's library" if options.text is None else repr(options.text)
-        raise InputError(f"the text: {name} has changed, expected the one that the run in {str(path)!r} learnt from")
+        raise InputError(
+            f"the text must be what the run in {str(path)!r} learnt from, got other characters from {name}"
+        )
     try:
         training = Training(options, task, checkpoint.state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
@@ -99,7 +101,7 @@ def _train(training: Training, checkpoint: Path, console: Console, asked: interr
     options = training.options
     columns = (
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps  loss {task.fields[loss]:.4f}{task.fields[horizon]} "),
+        TextColumn("{task.completed}/{task.total} steps  {task.fields[shown]} "),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
 
@@ -108,12 +110,12 @@ def _train(training: Training, checkpoint: Path, console: Console, asked: interr
         return perf_counter()
 
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=options.steps, completed=training.done, loss=math.nan, horizon="")
+        bar = progress.add_task("", total=options.steps, completed=training.done, shown="")
         saved = perf_counter()
         while training.done < options.steps and asked.signal is None:
             training.advance()
             horizon = "" if math.isnan(training.horizon) else f"  horizon {training.horizon:.0f}"
-            progress.update(bar, completed=training.done, loss=training.loss, horizon=horizon)
+            progress.update(bar, completed=training.done, shown=f"loss {training.loss:.4f}{horizon}")
             if perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 saved = save()
         save()
