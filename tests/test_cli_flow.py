@@ -332,6 +332,7 @@ def test_interrupted_and_resumed(
     assert "the loss needs 9" in capsys.readouterr().out
     assert same(stored(part.with_suffix(".pt")), stored(whole.with_suffix(".pt")))
     assert page(part) == page(whole)
+    assert "the loss needs 9" in page(whole)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -61,10 +61,10 @@ class Task(ABC):
 
 
 class Adding(Task):
-    """The sum of two marked numbers (Hochreiter & Schmidhuber 1997), as Le, Jaitly & Hinton (2015) set it.
+    """The sum of two marked numbers (Hochreiter & Schmidhuber 1997), as Arjovsky, Shah & Bengio (2016) set it.
 
     At each step a number from [0, 1) and a mark, which is 1 at one step of the first half and at one of the second.
-    To answer 1 whatever comes has the mean squared error 1/6, the variance of the sum.
+    To answer 1 whatever comes has the mean squared error 1/6, the variance of the sum (Le, Jaitly & Hinton 2015).
     """
 
     inputs, outputs = 2, 1
