@@ -122,7 +122,7 @@ class Training:
             self._last_loss(self._twin, batch).backward()
             modules += renamed(_read(self._twin_flow), LAST_LOSS)
             self._twin_flow.step()
-            self._twin.zero_grad()
+            self._twin.zero_grad()  # its own gradients are of no use
         self.trace.add(self.done, modules)
 
     def _last_loss(self, model: Model, batch: Batch) -> Tensor:
