@@ -1,6 +1,7 @@
-"""The command ``rnnkern``: doctor, demo, bench.
+"""The command ``rnnkern``: doctor, demo, bench, flow.
 
-Exit codes: 0 all is well, 1 something does not work here, 2 the command cannot start as it was called, 130 Ctrl-C.
+Exit codes: 0 all is well, 1 something does not work here, 2 the command cannot start as it was called, 130 Ctrl-C,
+143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import rnnkern
 from rnnkern import doctor
 from rnnkern.bench import command as bench
+from rnnkern.train.checkpoint import beside
+from rnnkern.train.options import CELLS, INITS, TASKS, InputError, Options
 
 #: what `rnnkern demo` imports, and the distribution that brings it
 DEMO_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+#: the same for `rnnkern flow`
+FLOW_NEEDS = {"matplotlib": "matplotlib", "jinja2": "jinja2", "rich": "rich"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,17 +97,59 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(command)
     command.set_defaults(run=bench.run)
+    _add_flow(commands)
     return parser
 
 
+def _add_flow(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "flow",
+        help="train on your text or on a task that asks for memory, and report how far back it learns",
+        description="Train a recurrent net on the next character of a text, or on one of the generated tasks that ask "
+        "for a long memory (adding, copying, temporal order), while its gradient flow is watched. Print the newest "
+        "record with a verdict and the task's own figure beside its trivial level, and write a report, one HTML page, "
+        "and a checkpoint beside it. Ctrl-C ends the run early, with both written.",
+        epilog='Needs matplotlib, jinja2 and rich: pip install "rnnkern[flow]". Downloads nothing. With --resume the '
+        "options are those of the run that goes on; only --steps, which counts from its beginning, may be another.",
+        argument_default=argparse.SUPPRESS,  # what is not given is not there: --resume must know
+    )
+
+    def add(option: str, help: str, **more: Any) -> None:
+        default = getattr(Options, option.lstrip("-").replace("-", "_"))
+        command.add_argument(option, help=f"{help} (default: {default})", **more)
+
+    command.add_argument(
+        "text", nargs="?", metavar="TEXT", help="a text file in UTF-8 (default: the sources of Python's own library)"
+    )
+    add("--task", "what to learn", choices=TASKS)
+    add("--cell", "rnnkern's tanh or ReLU RNN, or torch.nn's LSTM or GRU", choices=CELLS)
+    add("--init", f"of W_hh: {', '.join(INITS)}, or its spectral radius, a number", type=_init, metavar="INIT")
+    add("--length", "steps of a sequence; of the copying task, steps to remember", type=_positive_int, metavar="T")
+    add("--batch-size", "sequences in a training step", type=_positive_int, metavar="B")
+    add("--hidden-size", "units of a layer", type=_positive_int, metavar="H")
+    add("--layers", "of the net", type=_positive_int, metavar="N")
+    add("--lr", "Adam's learning rate", type=_positive_float, metavar="X")
+    add("--clip", "clip the norm of the gradient of all weights; inf: do not", type=_clip, metavar="X")
+    add("--every", "record the gradient flow at every N-th training step", type=_positive_int, metavar="N")
+    add("--steps", "training steps in all", type=_positive_int, metavar="N")
+    add("--seed", "of the weights and of the data", type=_seed, metavar="S")
+    command.add_argument(
+        "--out",
+        type=_report,
+        default="flow.html",
+        metavar="FILE",
+        help="the HTML page to write; the checkpoint is the file beside it that ends in .pt (default: flow.html)",
+    )
+    command.add_argument(
+        "--resume", action="store_true", default=False, help="go on from that checkpoint, as if nothing had been"
+    )
+    command.set_defaults(run=_flow)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
-    missing = [distribution for module, distribution in DEMO_NEEDS.items() if not _imports(module)]
-    if missing:
-        return _fail(2, f'needs {", ".join(missing)}, not installed here. Run: pip install "rnnkern[demo]"')
-    try:
-        machine = doctor.in_one_line()
-    except (RuntimeError, ValueError) as error:
-        return _fail(1, f"{error}\n`rnnkern doctor` says more.")
+    machine = _machine("demo", DEMO_NEEDS)
+    if isinstance(machine, int):
+        return machine
 
     from rnnkern import demo
 
@@ -119,6 +167,38 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _flow(arguments: argparse.Namespace) -> int:
+    machine = _machine("flow", FLOW_NEEDS)
+    if isinstance(machine, int):
+        return machine
+
+    from rnnkern.train.run import run
+
+    given = {name: value for name, value in vars(arguments).items() if name in Options.__dataclass_fields__}
+    if "text" in given:
+        given["text"] = str(Path(given["text"]).resolve())
+    try:
+        return run(given, arguments.out, arguments.resume, machine)
+    except InputError as error:
+        return _fail("flow", 2, str(error))
+    except OSError as error:
+        if error.filename is None:  # not a file's: stdout, say
+            raise
+        return _fail("flow", 1, f"{error.filename}: {error.strerror}")
+
+
+def _machine(command: str, needs: dict[str, str]) -> str | int:
+    """What computes here, in a line; or the exit code, where something that the command needs cannot be had."""
+    missing = [distribution for module, distribution in needs.items() if not _imports(module)]
+    if missing:
+        message = f'needs {", ".join(missing)}, not installed here. Run: pip install "rnnkern[{command}]"'
+        return _fail(command, 2, message)
+    try:
+        return doctor.in_one_line()
+    except (RuntimeError, ValueError) as error:
+        return _fail(command, 1, f"{error}\n`rnnkern doctor` says more.")
+
+
 def _imports(module: str) -> bool:
     try:
         import_module(module)
@@ -127,16 +207,26 @@ def _imports(module: str) -> bool:
     return True
 
 
-def _fail(code: int, message: str) -> int:
-    print(f"rnnkern demo: {message}", file=sys.stderr)
+def _fail(command: str, code: int, message: str) -> int:
+    print(f"rnnkern {command}: {message}", file=sys.stderr)
     return code
 
 
 def _picture(text: str) -> Path:
-    """A PNG that can be written: asked before the training, not after it."""
+    return _writable(text, ".png")
+
+
+def _report(text: str) -> Path:
+    path = _writable(text, ".html")
+    _writable(str(beside(path)), ".pt")
+    return path
+
+
+def _writable(text: str, ending: str) -> Path:
+    """A file that can be written: asked before the training, not after it."""
     path = Path(text)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .png")
+    if path.suffix.lower() != ending:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in {ending}")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory")
     try:
@@ -161,6 +251,20 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _clip(text: str) -> float:
+    return math.inf if float(text) == math.inf else _positive_float(text)
+
+
+def _init(text: str) -> str | float:
+    if text in INITS:
+        return text
+    try:
+        return _positive_float(text)
+    except ValueError:
+        expected = f"expected {', '.join(INITS)}, or a spectral radius"
+        raise argparse.ArgumentTypeError(f"{text!r} is no init: {expected}") from None
+
+
 def _seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
@@ -170,4 +274,4 @@ def _seed(text: str) -> int:
 
 # argparse names the type in its message where a number cannot be read.
 _positive_int.__name__ = _seed.__name__ = "integer"
-_positive_float.__name__ = "number"
+_positive_float.__name__ = _clip.__name__ = "number"

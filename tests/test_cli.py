@@ -38,10 +38,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rnnkern {rnnkern.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["demo", "--help"], ["bench", "--help"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [[], ["doctor"], ["demo"], ["bench"], ["flow"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
-        cli.main(arguments)
+        cli.main([*command, "--help"])
     assert "usage: rnnkern" in capsys.readouterr().out
 
 

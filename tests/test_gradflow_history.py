@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +213,20 @@ def test_one_enormous_curve_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(4):
         kept.add(record(step, np.ones(3)))
     assert kept.steps == [0, 3]
+
+
+def test_a_history_goes_on_from_its_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Written, read with weights_only, and thinned as if nothing had been."""
+    monkeypatch.setattr(history, "MAX_COLUMNS", 10)
+    whole, part = History(), History()
+    for step in range(40):
+        if step == 25:
+            torch.save(part.state_dict(), tmp_path / "state.pt")
+            part = History()
+            part.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for kept in (whole, part):
+            kept.add(record(step, np.array([0.0, step, np.inf, 1.0]), np.ones(2), names="ab"))
+    assert part.gap == whole.gap > 1
+    for name in "ab":
+        for values, expected in zip(part.curves(name), whole.curves(name)):
+            np.testing.assert_array_equal(values, expected)

@@ -179,7 +179,7 @@ def test_modules_without_a_gradient(tmp_path: Path) -> None:
 def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a record has one, line by line."""
     monkeypatch.setattr(
-        Record, "verdict", lambda self: "rnn l0: learns 9 steps: few\n<the loss> needs 64", raising=False
+        Record, "verdict", lambda self, needs: "rnn l0: learns 9 steps: few\n<the loss> needs 64", raising=False
     )
     train(Classifier()).report(tmp_path / "flow.html")
     page = Page(tmp_path / "flow.html")

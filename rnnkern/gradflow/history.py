@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rnnkern.gradflow.scaling import Outcome
@@ -86,6 +87,21 @@ class History:
         for i, column in enumerate(columns):
             values[:, :, : column.shape[2], i] = column
         return np.array(steps, np.int64), values, np.arange(lengths.max())[:, None] < lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in tensors and plain values, for ``torch.load(weights_only=True)``; waits for the device."""
+        columns = {}
+        for step, column in self._columns.items():
+            curves = {name: torch.from_numpy(curves) for name, curves in column.curves.items()}
+            columns[step] = {"curves": curves, "skipped": column.outcome.skipped()}
+        return {"gap": self.gap, "columns": columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become what the history was that gave this state."""
+        self.gap, self._columns = state["gap"], {}
+        for step, column in state["columns"].items():
+            curves = {name: curves.numpy() for name, curves in column["curves"].items()}
+            self._columns[step] = Column(curves, Outcome(column["skipped"]))
 
     def _is_full(self) -> bool:
         size = sum(curves.nbytes for column in self._columns.values() for curves in column.curves.values())

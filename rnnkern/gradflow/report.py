@@ -53,6 +53,8 @@ def page(
     steps: int,
     history: History,
     records: Sequence[Record],
+    needs: int | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The whole page.
 
@@ -63,6 +65,8 @@ def page(
         steps: how many training steps have ended.
         history: the curves of the steps that were read.
         records: of which the last is shown, in the order "lag".
+        needs: as in :meth:`Record.verdict`.
+        notes: what else is to be said of the run; a paragraph each.
 
     Raises:
         RuntimeError: there is no record.
@@ -71,7 +75,6 @@ def page(
         raise RuntimeError("nothing has been recorded yet, so there is nothing to report: no backward was sampled")
     record = records[-1]
     modules = [record[name] for name in record.modules]
-    verdict = getattr(record, "verdict", None)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         model=model,
@@ -80,7 +83,8 @@ def page(
         sampled=_sampled(every, steps, history.steps),
         scaling=", ".join(table.scaling(record)),
         paper=PAPER,
-        verdict=[] if verdict is None else [_split(line) for line in str(verdict()).splitlines()],
+        notes=notes,
+        verdict=[_split(line) for line in str(record.verdict(needs)).splitlines()],
         modules=[{"name": m.name, "T": m.squares.shape[3], "samples": m.samples, "rows": _rows(m)} for m in modules],
         silent=[name for name in watched if name not in record.modules],
         curve=_image(
