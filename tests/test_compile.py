@@ -14,10 +14,10 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from gradflow_helpers import Classifier, read
-from helpers import threads
+from helpers import pack, threads
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 import rnnkern
 from rnnkern.backends import Backend
@@ -105,7 +105,7 @@ def test_packed(sorted_: bool, with_hx: bool) -> None:
 
     for lengths in ([5, 3, 2], [4, 4], [7, 6, 3, 3, 2], [3, 2, 2]):
         sequences = [torch.randn(n, 3, dtype=torch.float64) for n in (lengths if sorted_ else lengths[::-1])]
-        packed = pack_sequence(sequences, enforce_sorted=sorted_)
+        packed = pack(sequences, enforce_sorted=sorted_)
         hx = torch.randn(4, len(lengths), 5, dtype=torch.float64) if with_hx else None
         torch.testing.assert_close(run(compiled, packed, hx), run(module, packed, hx))
     assert counter.frame_count == 2
@@ -113,7 +113,7 @@ def test_packed(sorted_: bool, with_hx: bool) -> None:
 
 def test_packed_with_a_wrong_state_is_refused() -> None:
     compiled = torch.compile(rnnkern.RNN(3, 5), fullgraph=True, backend="aot_eager")
-    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2, 2)])
+    packed = pack([torch.randn(n, 3) for n in (4, 2, 2)])
     with pytest.raises(RuntimeError, match=r"h0 must have batch_sizes\[0\] = 3 rows, got 2"):
         compiled(packed, torch.zeros(1, 2, 5))
 
@@ -214,7 +214,7 @@ def test_watched(compiler: str, nothing_stays: None) -> None:
 def test_watched_packed(nothing_stays: None) -> None:
     module = rnnkern.RNN(3, 5, bidirectional=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    packed = pack_sequence([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
+    packed = pack([torch.randn(n, 3) for n in (2, 5, 3)], enforce_sorted=False)
     records = []
     for call in (module, compiled):
         with rnnkern.watch(module) as flow:

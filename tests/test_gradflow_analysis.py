@@ -470,6 +470,24 @@ def test_penalty_under_autocast() -> None:
     assert rnn.weight_hh_l0.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_default_device(kind: str) -> None:
+    """Where tensors are made by default is nothing to what is measured of a model that is elsewhere."""
+    rnn = rnnkern.RNN(3, 4, bidirectional=True)
+    x = torch.randn(6, 2, 3)
+    given = pack_sequence([x[:4, 0], x[:, 1]], enforce_sorted=False) if kind == "packed" else x
+    seen = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            output, h_n = rnn(given)
+            arrives = OutputGradient(rnn, output)
+            loss = output.data.square().sum() + h_n.sum()
+            penalty = omega_penalty(rnn, loss, output, h_n)
+            loss.backward()
+        seen.append((penalty.item(), arrives.lengths.tolist(), arrives.squares()[-1].tolist()))
+    assert seen[0] == seen[1] and seen[0][1] == ([4, 6] if kind == "packed" else [6, 6])
+
+
 def test_penalty_errors() -> None:
     rnn, x = rnnkern.RNN(3, 4), torch.randn(5, 2, 3)
     output, h_n = rnn(x)

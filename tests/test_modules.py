@@ -53,7 +53,8 @@ def random_hx(module: nn.RNN, x: Any) -> Tensor:
 
 def train_once(module: nn.Module, x: Any, hx: Tensor | None, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Outputs and all gradients for a fixed loss."""
-    data = (x.data if isinstance(x, PackedSequence) else x).to(device, dtype).detach().requires_grad_()
+    x = x.to(device)
+    data = (x.data if isinstance(x, PackedSequence) else x).to(dtype).detach().requires_grad_()
     leaf = None if hx is None else hx.to(device, dtype).detach().requires_grad_()
     module.zero_grad()
     output, h_n = module(x._replace(data=data) if isinstance(x, PackedSequence) else data, leaf)
@@ -242,6 +243,27 @@ def test_empty_batch(backend: Backend, device: str) -> None:
     results = [train_once(m, torch.zeros(T, 0, I), torch.zeros(4, 0, H), torch.float32, device) for m in (ours, theirs)]
     for name, value in results[0].items():
         assert value.shape == results[1][name].shape and not value.any(), name
+
+
+@pytest.mark.unnamed
+@pytest.mark.float64
+@pytest.mark.parametrize("kind", ["padded", "lengths", "packed", "unsorted"])
+def test_default_device(backend: Backend, device: str, kind: str) -> None:
+    """Where tensors are made by default, torch.set_default_device, is nothing to a module that is elsewhere."""
+    module = rnnkern.RNN(I, H, 2, bidirectional=True).to(device, torch.float64)
+    x = random_input("padded" if kind == "lengths" else kind).to(device, torch.float64)
+    options = {"lengths": [2, 6, 1, 6]} if kind == "lengths" else {}
+    weights = list(module.parameters())
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            output, h_n = module(x, **options)
+            loss = (output.data if isinstance(output, PackedSequence) else output).square().sum() + h_n.sum()
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in grads), weights)
+            with torch.no_grad():
+                results.append([module(x, **options)[1], h_n, *grads, *second])
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("with_hx", [False, True])

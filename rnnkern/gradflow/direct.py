@@ -50,7 +50,8 @@ class OutputGradient:
         if self._packed is not None:
             if lengths is not None:
                 raise ValueError("lengths must be None for a PackedSequence, which has its own")
-            sorted_lengths = (self._packed.batch_sizes[:, None] > torch.arange(int(self._packed.batch_sizes[0]))).sum(0)
+            sizes = self._packed.batch_sizes
+            sorted_lengths = (sizes[:, None] > torch.arange(int(sizes[0]), device="cpu")).sum(0)
             unsorted = self._packed.unsorted_indices
             self._lengths = sorted_lengths if unsorted is None else sorted_lengths[unsorted.cpu()]
             self._packed = PackedSequence(rows[:0].detach(), *self._packed[1:])  # its rows would keep the graph
@@ -58,7 +59,8 @@ class OutputGradient:
             self._batch_first = rnn.batch_first and rows.dim() == 3
             T, B = (rows.shape[0], 1) if rows.dim() == 2 else rows.shape[:2]
             T, B = (B, T) if self._batch_first else (T, B)
-            self._lengths = torch.full((B,), T) if lengths is None else checked(lengths, T, B, rnn.allow_empty)
+            full = torch.full((B,), T, device="cpu")
+            self._lengths = full if lengths is None else checked(lengths, T, B, rnn.allow_empty)
             self._T = T
         self.rounding = ROUNDING if rows.dtype != torch.float64 else float(torch.finfo(torch.float64).eps)
         self._squares: Tensor | None = None

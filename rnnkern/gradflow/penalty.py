@@ -142,8 +142,8 @@ def _unit_deltas(
     options = (batch_sizes, reverse, rnn.nonlinearity, rnn.clip)
     backend = backends.select(h).name
     delta, _, stats = ops.recurrence_backward_stats(backend, e, grad_hn, h, h0, w_hh, *options)
-    sizes = torch.full((T,), B) if batch_sizes is None else batch_sizes
-    there = torch.arange(B) < sizes[:, None]  # (T, B)
+    sizes = torch.full((T,), B, device="cpu") if batch_sizes is None else batch_sizes
+    there = torch.arange(B, device="cpu") < sizes[:, None]  # (T, B)
     before = torch.zeros_like(there)  # whether the sample has the step before, in processing order
     if reverse:
         before[:-1] = there[1:]
