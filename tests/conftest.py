@@ -94,7 +94,8 @@ def device_of(backend: Backend) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Where there is a GPU, a test that is to run everywhere runs there as well."""
-    marked = metafunc.definition.get_closest_marker("everywhere") and "backend" not in metafunc.fixturenames
+    marker = metafunc.definition.get_closest_marker
+    marked = marker("everywhere") and not marker("cpu_only") and "backend" not in metafunc.fixturenames
     if marked and torch.cuda.is_available():
         metafunc.parametrize("made_there", ["cpu", "cuda"], indirect=True)
 

@@ -23,11 +23,13 @@ OPTIONS = [
 ]
 
 
-def twins(device: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> tuple[rnnkern.RNN, nn.RNN]:
+def twins(
+    device: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
+) -> tuple[rnnkern.RNN, nn.RNN]:
     modules = []
     for kind in (rnnkern.RNN, nn.RNN):
         torch.manual_seed(seed)
-        modules.append(kind(I, H, **options).to(device, dtype))
+        modules.append(kind(I, H, **options).to(device or torch.get_default_device(), dtype))
     return modules[0], modules[1]
 
 
@@ -116,14 +118,15 @@ def test_packed_carries_its_indices(backend: Backend, device: str) -> None:
     assert output.sorted_indices is None and output.unsorted_indices is None
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
 def test_parameters_and_state_dict(options: dict[str, Any]) -> None:
-    ours, theirs = twins("cpu", **options)
+    ours, theirs = twins(**options)
     a, b = ours.state_dict(), theirs.state_dict()
     assert list(a) == list(b) and same_bits(a.values(), b.values())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert repr(ours) == repr(theirs)
-    other, theirs_other = twins("cpu", seed=5, **options)
+    other, theirs_other = twins(seed=5, **options)
     theirs_other.load_state_dict(other.state_dict(), strict=True)
     other.load_state_dict(theirs.state_dict(), strict=True)
     assert same_bits(other.parameters(), theirs.parameters())
@@ -135,6 +138,7 @@ def test_parameters_and_state_dict(options: dict[str, Any]) -> None:
         other.load_state_dict({**a, "weight_hr_l0": torch.zeros(1)})
 
 
+@pytest.mark.everywhere
 def test_positional_arguments_and_attributes() -> None:
     ours, theirs = rnnkern.RNN(3, 4, 2, "relu", False, True, 0.5, True), nn.RNN(3, 4, 2, "relu", False, True, 0.5, True)
     for name in ("mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
@@ -143,7 +147,7 @@ def test_positional_arguments_and_attributes() -> None:
     assert [[tuple(w.shape) for w in layer] for layer in ours.all_weights] == [
         [tuple(w.shape) for w in layer] for layer in theirs.all_weights
     ]
-    made = nn.utils.skip_init(rnnkern.RNN, 3, 4, device="cpu")
+    made = nn.utils.skip_init(rnnkern.RNN, 3, 4)
     assert made.weight_ih_l0.shape == (4, 3)
     assert rnnkern.RNN(3, 4, dtype=torch.float64).weight_hh_l0.dtype == torch.float64
 
@@ -175,6 +179,7 @@ def test_dropout_of_everything(backend: Backend, device: str) -> None:
     assert same_bits([ours(x)[0]], [ours(torch.randn_like(x))[0]]), "nothing of the first layer comes through"
 
 
+@pytest.mark.everywhere
 def test_dropout_warns_with_one_layer() -> None:
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
         module = rnnkern.RNN(3, 4, dropout=0.5)
@@ -309,11 +314,12 @@ def test_cell(backend: Backend, device: str, nonlinearity: str, bias: bool, batc
         assert_as_good(str(i), *values)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_single_step(nonlinearity: str, bidirectional: bool) -> None:
     """One step is left to PyTorch's own operators, unless a backend is named; both give what nn.RNN gives."""
-    ours, theirs = twins("cpu", num_layers=2, nonlinearity=nonlinearity, bidirectional=bidirectional)
+    ours, theirs = twins(num_layers=2, nonlinearity=nonlinearity, bidirectional=bidirectional)
     x, hx = torch.randn(1, B, I), torch.randn(4 if bidirectional else 2, B, H)
 
     def answers(module: nn.Module) -> list[Tensor]:
