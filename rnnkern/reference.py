@@ -160,8 +160,8 @@ def previous_states(h: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: 
     if batch_sizes is None:
         return torch.cat([h[1:], h0[None]]) if reverse else torch.cat([h0[None], h[:-1]])
     N, B = h.shape[0], h0.shape[0]
-    row = torch.arange(N)
-    step = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes, output_size=N)
+    row = torch.arange(N, device="cpu")
+    step = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(batch_sizes, output_size=N)
     if reverse:
         # The sample's row one step later, or its initial state where the sequence ends.
         sample = row - (batch_sizes.cumsum(0) - batch_sizes)[step]
@@ -182,6 +182,6 @@ def last_states(h: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool
     B = h0.shape[0]
     if reverse:
         return h.narrow(0, 0, B).clone()  # a slice would end where h does, which a compiler cannot rule out
-    lengths = (batch_sizes > torch.arange(B)[:, None]).sum(1)
+    lengths = (batch_sizes > torch.arange(B, device="cpu")[:, None]).sum(1)
     offsets = batch_sizes.cumsum(0) - batch_sizes
-    return h.index_select(0, (offsets[lengths - 1] + torch.arange(B)).to(h.device))
+    return h.index_select(0, (offsets[lengths - 1] + torch.arange(B, device="cpu")).to(h.device))

@@ -37,6 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"RNNKERN_REQUIRE names {sorted(unknown)}, which are not among {list(BACKENDS)}")
     # What is said of float32 is said of float32. TF32, which PyTorch allows RNNs by default, has its own tests.
     torch.backends.cudnn.allow_tf32 = False
+    # torch.nn.RNN is what tests compare with, by its plain operations: on cuDNN it has random numbers that no seed
+    # repeats, no backward in eval mode and no second derivative.
+    torch.backends.cudnn.enabled = False
     if interprets() and BACKENDS["triton"].unavailable() is None:
         triton_interpreter.convert_as_devices_do()
         triton_interpreter.look_for_builtins_once()
@@ -91,7 +94,8 @@ def device_of(backend: Backend) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Where there is a GPU, a test that is to run everywhere runs there as well."""
-    marked = metafunc.definition.get_closest_marker("everywhere") and "backend" not in metafunc.fixturenames
+    marker = metafunc.definition.get_closest_marker
+    marked = marker("everywhere") and not marker("cpu_only") and "backend" not in metafunc.fixturenames
     if marked and torch.cuda.is_available():
         metafunc.parametrize("made_there", ["cpu", "cuda"], indirect=True)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from rnnkern import reference
 from rnnkern.backends import Backend
@@ -33,6 +34,18 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def drawn(seed: int, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Normal numbers, the same on every device, on the one where tensors are made by default."""
+    rng = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(size, dtype=dtype, device="cpu", generator=rng).to(torch.get_default_device())
+
+
+def pack(sequences: Sequence[Tensor], enforce_sorted: bool = True) -> PackedSequence:
+    """torch's pack_sequence, which makes the lengths on the default device and then wants them on the CPU."""
+    with torch.device("cpu"):
+        return pack_sequence(sequences, enforce_sorted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -284,9 +284,12 @@ def test_jvp(backend: Backend, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["dense", "packed"])
-def test_opcheck(cpu_library: None, dtype: torch.dtype, shape: str) -> None:
+@pytest.mark.parametrize("library", ["cpu", "cuda"])
+def test_opcheck(library: str, dtype: torch.dtype, shape: str) -> None:
+    need(library)
+    device = device_of(BACKENDS[library])
     for reverse in (False, True):
-        p = make_problem(**PROBLEMS[shape], dtype=dtype, reverse=reverse, with_grad_hn=not reverse)
+        p = make_problem(**PROBLEMS[shape], dtype=dtype, reverse=reverse, with_grad_hn=not reverse, device=device)
         operators = torch.ops.rnnkern
         torch.library.opcheck(operators.recurrence.default, p.forward)
         torch.library.opcheck(operators.recurrence_.default, p.forward)

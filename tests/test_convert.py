@@ -21,6 +21,8 @@ from rnnkern.backends import Backend
 
 I, H, T, B = 5, 13, 6, 4
 
+pytestmark = pytest.mark.everywhere
+
 
 class Model(nn.Module):
     """An RNN, a cell and modules that are neither, some of them deep down."""
@@ -204,6 +206,22 @@ def test_optimizer_stays_valid() -> None:
         train(m, x)
         o.step()
     assert same_bits(model.parameters(), twin.parameters())
+
+
+def test_weights_in_one_piece_of_memory() -> None:
+    """cuDNN wants all weights of torch.nn.RNN there, and on a GPU they are: converted, they stay, and train."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        rnn = nn.RNN(I, H, 2, bidirectional=True)
+        x = torch.randn(T, B, I)
+        expected = [t.detach() for t in rnn(x)]
+    places = [p.data_ptr() for p in rnn.parameters()]
+    rnnkern.convert(rnn)
+    output, h_n = rnn(x)
+    torch.testing.assert_close([output, h_n], expected)
+    output.square().sum().backward()
+    torch.optim.SGD(rnn.parameters(), 0.1).step()
+    assert [p.data_ptr() for p in rnn.parameters()] == places
+    assert not torch.allclose(rnn(x)[0], output)
 
 
 def test_shared_modules_stay_shared(caplog: pytest.LogCaptureFixture) -> None:

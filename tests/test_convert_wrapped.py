@@ -22,6 +22,8 @@ import rnnkern
 
 I, H, T, B = 5, 13, 6, 4
 
+pytestmark = pytest.mark.everywhere
+
 
 class Model(nn.Module):
     def __init__(self) -> None:
@@ -122,7 +124,8 @@ def test_weights_that_hooks_compute(how: str) -> None:
 @pytest.fixture
 def group() -> Iterator[None]:
     """One process, alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    on_gpu = torch.get_default_device().type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -131,7 +134,7 @@ def group() -> Iterator[None]:
 def test_wrapped_class_is_refused(group: None, how: str) -> None:
     model = Model()
     if how == "FSDP":
-        fully_shard(model.above, mesh=init_device_mesh("cpu", (1,)))
+        fully_shard(model.above, mesh=init_device_mesh(torch.get_default_device().type, (1,)))
     else:
         replicate(model.above)
     with pytest.raises(TypeError, match=f"cannot convert above: its class {how}RNN was made by torch.distributed"):
@@ -142,12 +145,14 @@ def test_wrapped_class_is_refused(group: None, how: str) -> None:
 @pytest.mark.parametrize("how", ["DataParallel", "DistributedDataParallel", "fully_shard"])
 def test_inside_a_wrapper(group: None, how: str) -> None:
     """A model that is converted after it was wrapped trains as one that never was."""
-    model = Model()
+    model, device = Model(), torch.get_default_device().type
+    if how == "DataParallel" and device == "cpu" and torch.cuda.is_available():
+        pytest.skip("DataParallel takes no model on the CPU where there is a GPU")
     alone = rnnkern.convert(copy.deepcopy(model))
     if how == "fully_shard":
-        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        wrapped = fully_shard(model, mesh=init_device_mesh(device, (1,)))
     else:
-        wrapped = getattr(nn.parallel, how)(model)
+        wrapped = getattr(nn.parallel, how)(model, device_ids=[0] if device == "cuda" else None)
     x = torch.randn(T, B, I)
     gradients(wrapped, x)
     rnnkern.convert(wrapped)

@@ -22,7 +22,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import rnnkern
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+pytestmark = [
+    pytest.mark.cpu_only("two processes over gloo, where NCCL wants a GPU for each"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),
+]
 
 #: In float64, of weights of size 1: sums in another order, five times.
 ROUNDING = dict(rtol=0, atol=100 * torch.finfo(torch.float64).eps)

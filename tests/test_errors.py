@@ -206,6 +206,7 @@ def test_backend_that_is_not_there() -> None:
         ((3, 5), {"batch_first": 1}, TypeError, "batch_first should be of type bool"),
     ],
 )
+@pytest.mark.cpu_only("no module is made")
 def test_constructor(args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     for module in (torch.nn.RNN, rnnkern.RNN):
         with pytest.raises(error, match=message):

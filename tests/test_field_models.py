@@ -23,6 +23,8 @@ import rnnkern
 
 STEPS = 40
 
+pytestmark = pytest.mark.everywhere
+
 
 class CharacterModel(nn.Module):
     """Predicts the next character of a text; backpropagation through 25 of them, the state carried on from there."""
@@ -57,10 +59,12 @@ class Encoder(nn.Module):
         self.head = nn.Linear(48, 3)
 
     def loss(self, step: int) -> Tensor:
-        rng = torch.Generator().manual_seed(step)
-        lengths = torch.randint(1, 16, (16,), generator=rng)
-        words = torch.randint(3, (16, int(lengths.max())), generator=rng)
-        there = torch.arange(words.shape[1]) < lengths[:, None]
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # the same sentences on every device
+            rng = torch.Generator().manual_seed(step)
+            lengths = torch.randint(1, 16, (16,), generator=rng)
+            words = torch.randint(3, (16, int(lengths.max())), generator=rng).to(device)
+            there = (torch.arange(words.shape[1]) < lengths[:, None]).to(device)
         label = (F.one_hot(words) * there[..., None]).sum(1).argmax(1)
         packed = pack_padded_sequence(self.embedding(words), lengths, batch_first=True, enforce_sorted=False)
         h_n = self.rnn(packed)[1]
@@ -69,11 +73,13 @@ class Encoder(nn.Module):
 
 def answers(students: int = 24, questions: int = 6, T: int = 20) -> Tensor:
     """(students, T, 2·questions): question q answered right is one-hot at questions + q, answered wrong at q."""
-    rng = torch.Generator().manual_seed(0)
-    question = torch.randint(questions, (students, T), generator=rng)
-    skill = torch.randn(students, 1, generator=rng) + torch.linspace(-1, 2, T)
-    right = torch.rand(students, T, generator=rng) < torch.sigmoid(skill)
-    return F.one_hot(question + questions * right, 2 * questions).to(torch.get_default_dtype())
+    device = torch.get_default_device()
+    with torch.device("cpu"):  # the same answers on every device
+        rng = torch.Generator().manual_seed(0)
+        question = torch.randint(questions, (students, T), generator=rng)
+        skill = torch.randn(students, 1, generator=rng) + torch.linspace(-1, 2, T)
+        right = torch.rand(students, T, generator=rng) < torch.sigmoid(skill)
+    return F.one_hot(question + questions * right, 2 * questions).to(device, torch.get_default_dtype())
 
 
 class KnowledgeTracing(nn.Module):
@@ -120,7 +126,7 @@ def renumber(rnn: nn.RNN, head: nn.Linear, seed: int) -> None:
     """Put the units of the last layer, whose output ``head`` takes, into another order."""
     H = rnn.hidden_size
     for direction, names in enumerate(rnn._all_weights[-2:] if rnn.bidirectional else rnn._all_weights[-1:]):
-        order = torch.randperm(H, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(H, device="cpu", generator=torch.Generator().manual_seed(seed))
         for name in names:
             getattr(rnn, name).copy_(getattr(rnn, name)[order])
         w_hh, columns = getattr(rnn, names[1]), head.weight[:, direction * H : (direction + 1) * H]
@@ -157,6 +163,7 @@ def test_same_loss_curve(dtype: torch.dtype, make: type[nn.Module]) -> None:
     assert_same_curve(lambda convert_at, numbering: train(make, convert_at, numbering), STEPS)
 
 
+@pytest.mark.cpu_only("the package adds its loss up in a torch.Tensor([0.0])")
 @threads(1)
 def test_package_trains_by_itself() -> None:
     """EduKTM's own training loop, which is float32, and what comes after it."""

@@ -20,6 +20,8 @@ from rnnkern.backends import Backend
 
 I, H, T, B = 5, 13, 6, 4
 
+pytestmark = pytest.mark.everywhere
+
 OPTIONS = [
     dict(num_layers=n, bidirectional=b, nonlinearity=f, bias=bias, batch_first=first, dropout=0.5 * (n > 1))
     for n, b, f, bias, first in itertools.product((1, 2), (False, True), ("tanh", "relu"), (True, False), (False, True))
@@ -254,6 +256,7 @@ def test_torchscript(how: str) -> None:
     torch.testing.assert_close(loaded(longer), model(longer))
 
 
+@pytest.mark.cpu_only("PyTorch quantizes for CPUs")
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantized_cell() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import threads
+from helpers import pack, threads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,8 +96,7 @@ def test_one_layer(what: str, input_requires_grad: bool) -> None:
 
 def test_packed() -> None:
     module = frozen(rnnkern.RNN(I, H), "weight_hh")
-    packed = nn.utils.rnn.pack_sequence([torch.randn(n, I) for n in (6, 3, 1)])
-    loss = module(packed)[0].data.sum()
+    loss = module(pack([torch.randn(n, I) for n in (6, 3, 1)]))[0].data.sum()
     with Work() as backward:
         loss.backward()
     assert backward.chains == {"recurrence_backward": 1} and backward.gemms == {GRAD_W_IH: 1}

@@ -265,3 +265,21 @@ def test_states_that_do_not_fit() -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             omega_penalty(rnn, output.sum(), output, states=given)
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_default_device(kind: str) -> None:
+    """Where tensors are made by default is nothing to what is measured of a model that is elsewhere."""
+    rnn = rnnkern.RNN(3, 4, bidirectional=True)
+    x = torch.randn(6, 2, 3)
+    given = pack_sequence([x[:4, 0], x[:, 1]], enforce_sorted=False) if kind == "packed" else x
+    seen = []
+    for default in ("cpu", "meta"):
+        with torch.device(default), rnnkern.watch(rnn) as flow:
+            output, h_n = rnn(given)
+            loss = output.data.square().sum() + h_n.sum()
+            penalty = omega_penalty(rnn, loss, output, h_n)
+            loss.backward()
+            rec = read(flow)
+        seen.append((penalty.item(), rec.squares.tolist(), rec["rnn"].lengths.tolist()))
+    assert seen[0] == seen[1] and seen[0][2] == ([4, 6] if kind == "packed" else [6, 6])

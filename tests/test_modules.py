@@ -23,11 +23,13 @@ OPTIONS = [
 ]
 
 
-def twins(device: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> tuple[rnnkern.RNN, nn.RNN]:
+def twins(
+    device: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
+) -> tuple[rnnkern.RNN, nn.RNN]:
     modules = []
     for kind in (rnnkern.RNN, nn.RNN):
         torch.manual_seed(seed)
-        modules.append(kind(I, H, **options).to(device, dtype))
+        modules.append(kind(I, H, **options).to(device or torch.get_default_device(), dtype))
     return modules[0], modules[1]
 
 
@@ -53,7 +55,8 @@ def random_hx(module: nn.RNN, x: Any) -> Tensor:
 
 def train_once(module: nn.Module, x: Any, hx: Tensor | None, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Outputs and all gradients for a fixed loss."""
-    data = (x.data if isinstance(x, PackedSequence) else x).to(device, dtype).detach().requires_grad_()
+    x = x.to(device)
+    data = (x.data if isinstance(x, PackedSequence) else x).to(dtype).detach().requires_grad_()
     leaf = None if hx is None else hx.to(device, dtype).detach().requires_grad_()
     module.zero_grad()
     output, h_n = module(x._replace(data=data) if isinstance(x, PackedSequence) else data, leaf)
@@ -115,14 +118,15 @@ def test_packed_carries_its_indices(backend: Backend, device: str) -> None:
     assert output.sorted_indices is None and output.unsorted_indices is None
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("options", OPTIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
 def test_parameters_and_state_dict(options: dict[str, Any]) -> None:
-    ours, theirs = twins("cpu", **options)
+    ours, theirs = twins(**options)
     a, b = ours.state_dict(), theirs.state_dict()
     assert list(a) == list(b) and same_bits(a.values(), b.values())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert repr(ours) == repr(theirs)
-    other, theirs_other = twins("cpu", seed=5, **options)
+    other, theirs_other = twins(seed=5, **options)
     theirs_other.load_state_dict(other.state_dict(), strict=True)
     other.load_state_dict(theirs.state_dict(), strict=True)
     assert same_bits(other.parameters(), theirs.parameters())
@@ -134,6 +138,7 @@ def test_parameters_and_state_dict(options: dict[str, Any]) -> None:
         other.load_state_dict({**a, "weight_hr_l0": torch.zeros(1)})
 
 
+@pytest.mark.everywhere
 def test_positional_arguments_and_attributes() -> None:
     ours, theirs = rnnkern.RNN(3, 4, 2, "relu", False, True, 0.5, True), nn.RNN(3, 4, 2, "relu", False, True, 0.5, True)
     for name in ("mode", "nonlinearity", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout",
@@ -142,15 +147,29 @@ def test_positional_arguments_and_attributes() -> None:
     assert [[tuple(w.shape) for w in layer] for layer in ours.all_weights] == [
         [tuple(w.shape) for w in layer] for layer in theirs.all_weights
     ]
-    made = nn.utils.skip_init(rnnkern.RNN, 3, 4, device="cpu")
+    made = nn.utils.skip_init(rnnkern.RNN, 3, 4)
     assert made.weight_ih_l0.shape == (4, 3)
     assert rnnkern.RNN(3, 4, dtype=torch.float64).weight_hh_l0.dtype == torch.float64
+
+
+def by_layers(module: nn.RNN, x: Any, masks: list[Tensor]) -> Tensor:
+    """The rows of the output in float64, one layer at a time, each but the last times its mask."""
+    rows = x.data
+    for layer in range(module.num_layers):
+        one = nn.RNN(rows.shape[-1], H, nonlinearity=module.nonlinearity, bidirectional=module.bidirectional)
+        of_layer = {n.replace(f"_l{layer}", "_l0"): w for n, w in module.named_parameters() if f"_l{layer}" in n}
+        one.to(rows.device, torch.float64).load_state_dict(of_layer)
+        output = one(x._replace(data=rows.double()) if isinstance(x, PackedSequence) else rows.double())[0]
+        rows = output.data
+        if layer < len(masks):
+            rows = rows * masks[layer]
+    return rows
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_dropout_follows_the_seed(backend: Backend, device: str, kind: str, bidirectional: bool) -> None:
-    """The same elements fall as in nn.RNN: outputs of relu layers over constant positive states show which."""
+    """The same elements fall as in nn.RNN and in F.dropout on the output of a layer."""
     options = dict(num_layers=3, dropout=0.4, bidirectional=bidirectional, nonlinearity="relu")
     ours, theirs = twins(device, **options)
     with torch.no_grad():
@@ -158,11 +177,12 @@ def test_dropout_follows_the_seed(backend: Backend, device: str, kind: str, bidi
             p.copy_(p.abs())
     x = random_input(kind).to(device)
     results = []
-    for module in (ours, theirs, copy.deepcopy(theirs).double()):
+    for module in (ours, theirs):
         torch.manual_seed(3)
-        output = module(x.double() if module.weight_ih_l0.dtype == torch.float64 else x)[0]
-        results.append(output.data if kind == "packed" else output)
-    assert_as_good("output", *results)
+        results.append(module(x)[0].data)
+    torch.manual_seed(3)
+    masks = [nn.functional.dropout(torch.ones_like(results[0]), 0.4) for _ in range(2)]
+    assert_as_good("output", *results, by_layers(theirs, x, masks))
     ours.eval(), theirs.eval()
     compare(ours, theirs, random_input(kind), None, device)
 
@@ -174,6 +194,7 @@ def test_dropout_of_everything(backend: Backend, device: str) -> None:
     assert same_bits([ours(x)[0]], [ours(torch.randn_like(x))[0]]), "nothing of the first layer comes through"
 
 
+@pytest.mark.everywhere
 def test_dropout_warns_with_one_layer() -> None:
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
         module = rnnkern.RNN(3, 4, dropout=0.5)
@@ -244,6 +265,27 @@ def test_empty_batch(backend: Backend, device: str) -> None:
         assert value.shape == results[1][name].shape and not value.any(), name
 
 
+@pytest.mark.unnamed
+@pytest.mark.float64
+@pytest.mark.parametrize("kind", ["padded", "lengths", "packed", "unsorted"])
+def test_default_device(backend: Backend, device: str, kind: str) -> None:
+    """Where tensors are made by default, torch.set_default_device, is nothing to a module that is elsewhere."""
+    module = rnnkern.RNN(I, H, 2, bidirectional=True).to(device, torch.float64)
+    x = random_input("padded" if kind == "lengths" else kind).to(device, torch.float64)
+    options = {"lengths": [2, 6, 1, 6]} if kind == "lengths" else {}
+    weights = list(module.parameters())
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            output, h_n = module(x, **options)
+            loss = (output.data if isinstance(output, PackedSequence) else output).square().sum() + h_n.sum()
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in grads), weights)
+            with torch.no_grad():
+                results.append([module(x, **options)[1], h_n, *grads, *second])
+    assert same_bits(*results)
+
+
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize("kind", ["padded", "unsorted"])
 def test_autocast(backend: Backend, device: str, with_hx: bool, kind: str) -> None:
@@ -287,11 +329,12 @@ def test_cell(backend: Backend, device: str, nonlinearity: str, bias: bool, batc
         assert_as_good(str(i), *values)
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_single_step(nonlinearity: str, bidirectional: bool) -> None:
     """One step is left to PyTorch's own operators, unless a backend is named; both give what nn.RNN gives."""
-    ours, theirs = twins("cpu", num_layers=2, nonlinearity=nonlinearity, bidirectional=bidirectional)
+    ours, theirs = twins(num_layers=2, nonlinearity=nonlinearity, bidirectional=bidirectional)
     x, hx = torch.randn(1, B, I), torch.randn(4 if bidirectional else 2, B, H)
 
     def answers(module: nn.Module) -> list[Tensor]:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bits, threads
+from helpers import drawn, same_bits, threads
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rnnkern
 
 I, H, T, B = 5, 13, 6, 4
+
+pytestmark = pytest.mark.everywhere
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,7 @@ def made(kind: type[nn.RNNBase] = rnnkern.RNN, **options: Any) -> nn.RNNBase:
 
 
 def batch(step: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    numbers = torch.randn(T, B, I, dtype=dtype, device="cpu", generator=torch.Generator("cpu").manual_seed(step))
-    return numbers.to(torch.get_default_device())
+    return drawn(step, T, B, I, dtype=dtype)
 
 
 def loss_of(module: nn.Module, step: int = 0) -> Tensor:
@@ -46,7 +47,6 @@ def trained(module: nn.Module, update: Callable[[], object], steps: int = 5) -> 
     return list(module.parameters())
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("how", ["foreach", "fused", "loop"])
 @pytest.mark.parametrize("to_none", [True, False], ids=["none", "zeros"])
@@ -72,7 +72,6 @@ def test_optimizer(optimizer: type[torch.optim.Optimizer], how: str, to_none: bo
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("foreach", [False, True])
 def test_clipping(foreach: bool) -> None:
     """The norm over all parameters is nn.RNN's, and after clipping it is the bound."""
@@ -88,7 +87,6 @@ def test_clipping(foreach: bool) -> None:
     torch.testing.assert_close(*norms)
 
 
-@pytest.mark.everywhere
 def test_step_in_backward() -> None:
     """Hooks that update a parameter as soon as its gradient is there, and free that: the training is the same."""
     plain = made()
@@ -111,7 +109,6 @@ def test_step_in_backward() -> None:
     assert all(p.grad is None for p in hooked.parameters())
 
 
-@pytest.mark.everywhere
 def test_hooks() -> None:
     """Those on parameters change the gradient; those on the module see each call and its gradients."""
     module, x = made(), batch().requires_grad_()
@@ -129,7 +126,6 @@ def test_hooks() -> None:
     assert same_bits([p.grad for p in module.parameters()], expected.values())
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_average(use_buffers: bool) -> None:
     """An exponential moving average: a module of its own, with the averaged weights, which nn.RNN's are too."""
@@ -187,7 +183,6 @@ def test_parameters_in_one_vector(offset: int) -> None:
     assert not module(batch(dtype=torch.float32))[0].any()
 
 
-@pytest.mark.everywhere
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtype_of_the_module(dtype: torch.dtype) -> None:
     """After .to, .half and the like the module is one of that dtype, and an optimizer made before still trains it."""
@@ -212,6 +207,7 @@ def train_in_process(module: nn.Module, done: Any) -> None:
     done.set()
 
 
+@pytest.mark.cpu_only("processes share the memory of the host")
 def test_shared_memory() -> None:
     """Weights in shared memory are those of every process: one trains them, the other computes with what it learned."""
     module = made().share_memory()
@@ -246,6 +242,7 @@ class Encoded(torch.utils.data.Dataset):
             return self.module(batch(step))[1]
 
 
+@pytest.mark.cpu_only("a forked process cannot use the GPU of its parent")
 def test_workers_of_a_loader() -> None:
     """Forked processes, whose parent has used the kernels with several threads."""
     module = made()
@@ -259,10 +256,13 @@ def test_workers_of_a_loader() -> None:
 
 
 def test_data_parallel() -> None:
-    """Where there is no GPU it calls the module. Its replicas hold their weights as plain tensors, with a graph."""
+    """On a single GPU, or where there is none, it calls the module. Its replicas hold their weights as plain tensors,
+    with a graph."""
     module = made()
-    if not torch.cuda.is_available():
-        assert same_bits(nn.DataParallel(module)(batch()), module(batch()))
+    on_gpu = module.weight_hh_l0.is_cuda
+    if on_gpu or not torch.cuda.is_available():  # it takes no module on the CPU where there is a GPU
+        parallel = nn.DataParallel(module, device_ids=[0] if on_gpu else None)
+        assert same_bits(parallel(batch()), module(batch()))
     replica = module._replicate_for_data_parallel()
     assert type(replica) is rnnkern.RNN
     for name, p in module.named_parameters():

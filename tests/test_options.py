@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradflow_helpers import read
-from helpers import INF, make_problem
+from helpers import INF, make_problem, pack
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -46,7 +46,7 @@ def cells(rnn: rnnkern.RNN, x: Tensor, masks: list[Tensor] | None = None) -> tup
             }
             norm = (rnn.hidden_size,), w.get("norm_weight"), w.get("norm_bias")
             h: list[Tensor] = [x] * T
-            state = torch.zeros(B, rnn.hidden_size, dtype=x.dtype)
+            state = x.new_zeros(B, rnn.hidden_size)
             for t in reversed(range(T)) if end else range(T):
                 a = x[t] @ w["weight_ih"].T + w["bias_ih"] + w["bias_hh"]
                 if rnn.layer_norm == "input":
@@ -111,8 +111,7 @@ def test_loops(reference: None, options: dict[str, Any], kind: str, bidirectiona
         output = rnn(torch.stack(samples, 1))[0]
         outputs = list(output.unbind(1))
     else:
-        packed = rnn(pack_sequence(samples))[0]
-        outputs = torch.nn.utils.rnn.unpack_sequence(packed)
+        outputs = torch.nn.utils.rnn.unpack_sequence(rnn(pack(samples))[0])
     expected = [
         cells(rnn, sample[:, None], None if masks is None else [m[b : b + 1] for m in masks])[0][:, 0]
         for b, sample in enumerate(samples)

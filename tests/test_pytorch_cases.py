@@ -26,6 +26,8 @@ infos = pytest.mark.parametrize("info", INFOS, ids=lambda info: info.module_cls.
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
+pytestmark = pytest.mark.everywhere
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -36,28 +38,27 @@ def one_thread() -> Iterator[None]:
 
 def test_there_are_cases() -> None:
     assert {info.module_cls for info in INFOS} == set(OURS)
-    assert len(list(cases(INFOS[0], "cpu", torch.float32, True))) > 2
+    assert len(list(cases(INFOS[0], torch.float32, True))) > 2
 
 
-def cases(
-    info: ModuleInfo, device: str, dtype: torch.dtype, training: bool
-) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
+def cases(info: ModuleInfo, dtype: torch.dtype, training: bool) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
     """(case, our module, PyTorch's module with the same weights); packed sequences come with the batched ones."""
     packed = {"with_packed_sequence": True} if info.module_cls is nn.RNN else {}
-    for case in info.module_inputs_func(info, device, dtype, True, training, **packed):
+    device = torch.get_default_device()
+    with torch.device("cpu"):  # where the lengths of packed sequences belong
+        given = list(info.module_inputs_func(info, device, dtype, True, training, **packed))
+    for case in given:
         modules = []
         for kind in (OURS[info.module_cls], info.module_cls):
             torch.manual_seed(0)
             module = kind(*case.constructor_input.args, **case.constructor_input.kwargs)
-            modules.append(module.to(device, dtype).train(training))
+            modules.append(module.to(dtype).train(training))
         yield case, *modules
 
 
-def every_other(
-    info: ModuleInfo, device: str, dtype: torch.dtype, training: bool
-) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
+def every_other(info: ModuleInfo, dtype: torch.dtype, training: bool) -> Iterator[tuple[Any, nn.Module, nn.Module]]:
     """For slow tests: half of the cases with training, half without; both with all arguments of the constructor."""
-    return itertools.islice(cases(info, device, dtype, training), int(training), None, 2)
+    return itertools.islice(cases(info, dtype, training), int(training), None, 2)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -102,7 +103,7 @@ def run(module: nn.Module, case: Any, dtype: torch.dtype) -> list[Tensor]:
 def test_forward_and_backward(backend: Backend, info: ModuleInfo, training: bool, dtype: torch.dtype) -> None:
     """The rule, with one yardstick for all cases, as each of them has but a handful of numbers."""
     errors, by_plain = [], [0.0]
-    for case, ours, theirs in cases(info, "cpu", dtype, training):
+    for case, ours, theirs in cases(info, dtype, training):
         results, plains = run(ours, case, dtype), run(theirs, case, dtype)
         if dtype == torch.float64:
             torch.testing.assert_close(results, plains)
@@ -121,7 +122,7 @@ def test_forward_and_backward(backend: Backend, info: ModuleInfo, training: bool
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_complex(info: ModuleInfo, training: bool) -> None:
     """As nn.RNN, by plain PyTorch operations; relu is not for complex numbers there either."""
-    for case, ours, theirs in cases(info, "cpu", torch.complex128, training):
+    for case, ours, theirs in cases(info, torch.complex128, training):
         if ours.nonlinearity == "relu":
             for module in (ours, theirs):
                 with pytest.raises(NotImplementedError, match="not supported for complex"):
@@ -142,7 +143,7 @@ def test_complex(info: ModuleInfo, training: bool) -> None:
 @modes
 def test_reference_function(backend: Backend, info: ModuleInfo, training: bool) -> None:
     """PyTorch's words for what the module should compute: an unbatched input is a batch of one."""
-    for case, ours, _ in cases(info, "cpu", torch.float64, training):
+    for case, ours, _ in cases(info, torch.float64, training):
         if case.reference_fn is not None:
             args, kwargs = case.forward_input.args, case.forward_input.kwargs
             if not isinstance(args[0], Tensor):
@@ -160,7 +161,7 @@ def strided(t: Tensor) -> Tensor:
 @modes
 def test_non_contiguous(backend: Backend, info: ModuleInfo, training: bool) -> None:
     """Inputs, gradients of the outputs, or both lie in memory with gaps."""
-    for case, ours, _ in cases(info, "cpu", torch.float64, training):
+    for case, ours, _ in cases(info, torch.float64, training):
         results = []
         for of_inputs, of_grads in itertools.product([lambda t: t, strided], repeat=2):
             args, kwargs = mapped(case, lambda t, change=of_inputs: change(t.clone()).requires_grad_())
@@ -180,7 +181,7 @@ def test_non_contiguous(backend: Backend, info: ModuleInfo, training: bool) -> N
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradients(info: ModuleInfo, training: bool, check: Callable[..., bool]) -> None:
     """First and second derivatives by all inputs and weights, against finite differences."""
-    for case, ours, _ in every_other(info, "cpu", torch.float64, training):
+    for case, ours, _ in every_other(info, torch.float64, training):
         args, kwargs, leaves = with_leaves(case, torch.float64)
         # They are changed in place, where the module finds them.
         call = lambda *_, m=ours, a=args, k=kwargs: tuple(floating(m(*a, **k)))  # noqa: E731
@@ -192,9 +193,9 @@ def test_gradients(info: ModuleInfo, training: bool, check: Callable[..., bool])
 def test_factory_arguments(info: ModuleInfo, dtype: torch.dtype) -> None:
     """device and dtype say where all weights are made, as does torch.device around the constructor."""
     kind = OURS[info.module_cls]
-    for case, _, theirs in cases(info, "cpu", dtype, True):
+    for case, _, theirs in cases(info, dtype, True):
         made = case.constructor_input
-        for device in ("cpu", "meta"):
+        for device in (torch.get_default_device().type, "meta"):
             module = kind(*made.args, **made.kwargs, device=device, dtype=dtype)
             assert {(p.device.type, p.dtype) for p in module.parameters()} == {(device, dtype)}
             with torch.device(device):
@@ -207,7 +208,7 @@ def test_factory_arguments(info: ModuleInfo, dtype: torch.dtype) -> None:
 @modes
 def test_meta(info: ModuleInfo, training: bool) -> None:
     """Shapes without numbers, forward and backward; then numbers in to_empty's memory."""
-    for case, ours, _ in every_other(info, "cpu", torch.float32, training):
+    for case, ours, _ in every_other(info, torch.float32, training):
         args, kwargs = mapped(case, lambda t: t.to("meta").requires_grad_())
         leaves = [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
         module = copy.deepcopy(ours).to("meta")
@@ -217,7 +218,7 @@ def test_meta(info: ModuleInfo, training: bool) -> None:
         grads = torch.autograd.grad(sum(t.sum() for t in outputs), [*leaves, *module.parameters()])
         assert all(t.is_meta for t in (*outputs, *grads))
         assert [g.shape for g in grads] == [t.shape for t in (*leaves, *module.parameters())]
-        module.to_empty(device="cpu").load_state_dict(ours.state_dict())
+        module.to_empty(device=torch.get_default_device()).load_state_dict(ours.state_dict())
         assert same_bits(floating(module(*case.forward_input.args, **case.forward_input.kwargs)), expected)
 
 
@@ -229,20 +230,20 @@ def test_to(info: ModuleInfo, swap: bool, has_grad: bool) -> None:
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
-        for case, ours, theirs in cases(info, "cpu", torch.float32, True):
-            results = []
-            for module in (ours, theirs):
+        for case, *modules in cases(info, torch.float32, True):
+            for module in modules:  # PyTorch's too: this is what it does
+                expected = run(module, case, torch.float32)
                 if has_grad:
                     run_and_keep_grads(module, case, torch.float32)
                 held = list(module.parameters())
+                grads = [p.grad.double() for p in held if p.grad is not None]
                 module.to(torch.float64)
-                results.append([g for p in module.parameters() if (g := p.grad) is not None])
+                assert same_bits([p.grad for p in module.parameters() if p.grad is not None], grads)
                 run_and_keep_grads(module, case, torch.float64)
                 module.to(torch.float32).to(memory_format=torch.channels_last)  # which is for other dimensions
                 assert all(p is q for p, q in zip(module.parameters(), held, strict=True))
-                results[-1] += [*held, *run(module, case, torch.float32)]
-            assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
-            torch.testing.assert_close(*results)
+                assert {p.grad.dtype for p in held} == {torch.float32}
+                assert same_bits(run(module, case, torch.float32), expected)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
@@ -255,7 +256,7 @@ def run_and_keep_grads(module: nn.Module, case: Any, dtype: torch.dtype) -> None
 @infos
 def test_modes_differ(info: ModuleInfo) -> None:
     """Only where PyTorch says so does forward ask whether the module is training."""
-    for case, ours, _ in cases(info, "cpu", torch.float32, True):
+    for case, ours, _ in cases(info, torch.float32, True):
         del ours.training
         if info.train_and_eval_differ:
             with pytest.raises(AttributeError, match="training"):
@@ -267,7 +268,7 @@ def test_modes_differ(info: ModuleInfo) -> None:
 @infos
 @modes
 def test_pickle_and_repr(info: ModuleInfo, training: bool) -> None:
-    for case, ours, theirs in cases(info, "cpu", torch.float32, training):
+    for case, ours, theirs in cases(info, torch.float32, training):
         file = io.BytesIO()
         torch.save(ours, file)
         file.seek(0)
@@ -282,7 +283,7 @@ def test_pickle_and_repr(info: ModuleInfo, training: bool) -> None:
 @dtypes
 def test_errors(backend: Backend, info: ModuleInfo, dtype: torch.dtype) -> None:
     kind = OURS[info.module_cls]
-    for case in info.module_error_inputs_func(info, "cpu", dtype, False, True):
+    for case in info.module_error_inputs_func(info, torch.get_default_device(), dtype, False, True):
         made, given = case.module_error_input.constructor_input, case.module_error_input.forward_input
         if case.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(case.error_type, match=case.error_regex):

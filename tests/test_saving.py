@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import same_bits, threads
+from helpers import drawn, same_bits, threads
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -21,6 +21,8 @@ I, H, T, B = 5, 13, 6, 4
 OPTIONS = [{}, {"num_layers": 2, "bidirectional": True, "bias": False, "nonlinearity": "relu", "batch_first": True}]
 options = pytest.mark.parametrize("options", OPTIONS, ids=["default", "all"])
 
+pytestmark = pytest.mark.everywhere
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -29,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_input() -> Tensor:
-    return torch.randn(T, B, I, generator=torch.Generator().manual_seed(1))
+    return drawn(1, T, B, I)
 
 
 def outputs_and_grads(module: nn.Module) -> list[Tensor]:
@@ -160,17 +162,20 @@ def test_old_pickles(version: str, options: dict[str, Any]) -> None:
 
 def test_skip_init() -> None:
     """No random numbers are drawn, and what comes trains like any other once it has weights."""
+    device = torch.get_default_device()
+    options = dict(nonlinearity="relu", bidirectional=True, dtype=torch.float64)
     torch.manual_seed(3)
-    before = torch.get_rng_state()
-    module = nn.utils.skip_init(rnnkern.RNN, I, H, 2, nonlinearity="relu", bidirectional=True, dtype=torch.float64)
-    cell = nn.utils.skip_init(rnnkern.RNNCell, I, H, nonlinearity="relu")
-    assert torch.equal(torch.get_rng_state(), before)
+    first = torch.rand(8)
+    torch.manual_seed(3)
+    module = nn.utils.skip_init(rnnkern.RNN, I, H, 2, **options, device=device)
+    cell = nn.utils.skip_init(rnnkern.RNNCell, I, H, nonlinearity="relu", device=device)
+    assert torch.equal(torch.rand(8), first)
     assert {p.dtype for p in module.parameters()} == {torch.float64} and cell.weight_hh.shape == (H, H)
-    assert {p.device.type for p in (*module.parameters(), *cell.parameters())} == {"cpu"}
+    assert {p.device.type for p in (*module.parameters(), *cell.parameters())} == {device.type}
     torch.manual_seed(3)
     module.reset_parameters()
     torch.manual_seed(3)
-    fresh = rnnkern.RNN(I, H, 2, nonlinearity="relu", bidirectional=True, dtype=torch.float64)
+    fresh = rnnkern.RNN(I, H, 2, **options)
     assert repr(module) == repr(fresh) and same_bits(module.parameters(), fresh.parameters())
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gradflow_helpers import read
-from helpers import assert_as_good, same_bits, threads
+from helpers import assert_as_good, drawn, same_bits, threads
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,12 +49,6 @@ class Model(nn.Module):
     def forward(self, x: Any, hx: Tensor | None = None) -> Tensor:
         _, h_n = self.rnn(x, hx)
         return self.head(torch.cat([h_n[-2], h_n[-1]], -1))
-
-
-def drawn(seed: int, *size: int) -> Tensor:
-    """The same numbers on every device."""
-    numbers = torch.randn(size, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
-    return numbers.to(torch.get_default_device())
 
 
 def random_input(packed: bool = False) -> Any:

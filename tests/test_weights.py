@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import drawn, same_bits
 from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -19,10 +19,14 @@ from rnnkern.backends import Backend
 
 I, H, T, B = 5, 13, 6, 4
 
+pytestmark = [
+    pytest.mark.everywhere,
+    pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
+]
 
-def random_input(device: str) -> Tensor:
-    torch.manual_seed(1)
-    return torch.randn(T, B, I, device=device)
+
+def random_input(device: str | None = None) -> Tensor:
+    return drawn(1, T, B, I).to(device or torch.get_default_device())
 
 
 def copies(module: nn.Module) -> list[nn.Module]:
@@ -66,7 +70,7 @@ def same_function(module: nn.Module, weights: dict[str, Tensor]) -> bool:
     """Does the module compute what a fresh one with these weights computes, bit for bit?"""
     fresh = rnnkern.RNN(I, H, 2).to(next(iter(weights.values())))
     fresh.load_state_dict(weights)
-    x = random_input("cpu").to(next(fresh.parameters()))
+    x = random_input().to(next(fresh.parameters()))
     return same_bits(module(x), fresh(x))
 
 
@@ -196,7 +200,7 @@ def test_weights_with_gaps(backend: Backend, device: str, name: str) -> None:
 def test_copies_can_be_swapped_into() -> None:
     """Nothing that a copy or a pickle brings along refers to the weights, which would forbid it."""
     for module in copies(rnnkern.RNN(I, H, 2)):
-        module(random_input("cpu"))
+        module(random_input())
         load_by_swapping(module, rnnkern.RNN(I, H, 2).state_dict())
         assert same_function(module, module.state_dict())
 
@@ -248,14 +252,12 @@ PARAMETRIZED = list(WAYS)[5:]
 ways = pytest.mark.parametrize("how", WAYS)
 names = pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1"])
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-
 
 def computed(how: str, name: str, kind: type[nn.RNNBase] = rnnkern.RNN, seed: int = 0) -> nn.RNNBase:
     """A module that has run forward before its weight became a computed one."""
     torch.manual_seed(seed)
     module = kind(I, H, 2, dtype=torch.float64)
-    module(random_input("cpu").double())
+    module(random_input().double())
     WAYS[how][0](module, name)
     return module
 
@@ -264,7 +266,7 @@ def train(module: nn.Module, steps: int = 3) -> list[float]:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     losses = []
     for _ in range(steps):
-        loss = (module(random_input("cpu").double())[0] - 0.3).square().mean()
+        loss = (module(random_input().double())[0] - 0.3).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -276,7 +278,7 @@ def train(module: nn.Module, steps: int = 3) -> list[float]:
 def current(module: nn.Module) -> dict[str, Tensor]:
     """The weights, computed or not, as a module in eval mode would take them."""
     module.eval()
-    module(random_input("cpu").double())  # hooks compute the weight here
+    module(random_input().double())  # hooks compute the weight here
     return {name: getattr(module, name).detach().clone() for name in nn.RNN(I, H, 2).state_dict()}
 
 
@@ -344,7 +346,7 @@ def test_removal(how: str, name: str) -> None:
     assert same_function(module, module.state_dict())
     # torch.nn.utils.parametrizations.weight_norm leaves a local function behind, in any module, that no pickle takes.
     for other in copies(module) if how != "weight_norm" else [copy.deepcopy(module)]:
-        assert same_bits(other(random_input("cpu").double()), module(random_input("cpu").double()))
+        assert same_bits(other(random_input().double()), module(random_input().double()))
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     losses = train(module.train())
     assert losses[0] > losses[2]
@@ -363,7 +365,7 @@ def test_assigning_to_a_computed_weight() -> None:
 def test_cached_parametrizations() -> None:
     """Within parametrize.cached() a weight is computed once, for all calls; gradients of all reach its source."""
     module = computed("orthogonal", "weight_hh_l0")
-    x = random_input("cpu").double()
+    x = random_input().double()
     with parametrize.cached():
         (module(x)[0].sum() + module(2 * x)[0].sum()).backward()
     found = [p.grad.clone() for p in module.parameters()]
@@ -401,5 +403,5 @@ def test_computed_once_a_forward(name: str) -> None:
     for mode in (torch.enable_grad, torch.no_grad):
         calls.clear()
         with mode():
-            module(random_input("cpu"))
+            module(random_input())
         assert len(calls) == 1
