@@ -217,7 +217,7 @@ def test_example(tmp_path: Path, batch: int) -> None:
     run(script, *EXAMPLE, f"--batch={batch}", f"--out={tmp_path / 'one.pt'}")
     output = torchrun(script, *EXAMPLE, f"--batch={batch}", f"--out={tmp_path / 'two.pt'}")
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert one.shape == (4, 1, 1, 12) and one[:3].all()
+    assert one.shape == (3, 1, 1, 12) and one.all()
     # Five steps of Adam part the weights by rounding; the norms are of size 1e-3 to 1.
     torch.testing.assert_close(two, one, rtol=1e-10, atol=0)
     assert output.count(f"module.rnn  (T=12, {batch} samples)") == 3

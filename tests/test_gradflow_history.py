@@ -90,7 +90,7 @@ def test_nothing_is_copied_before_history(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of steps that take more than the limit the oldest go; the newest stays whatever it takes."""
-    model, one = Classifier(), 3 * 6 * 2 * 8
+    model, one = Classifier(), 4 * 6 * 2 * 8
     monkeypatch.setattr(recorder, "MAX_BYTES", 2 * one + 1)
     with rnnkern.watch(model, keep=100) as flow:
         train(model, flow, inputs(5))

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -260,15 +259,14 @@ def _threads(n: int) -> Iterator[None]:
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """Whether PyTorch may round the operands of float32 products on a GPU."""
-    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = allowed
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "benchmark_limit", "deterministic")}
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
     try:
-        yield
+        with cudnn.flags(**kept, allow_tf32=allowed):
+            yield
     finally:
-        for switch, value in zip(switches, before):
-            switch.allow_tf32 = value
+        matmul.allow_tf32 = before
 
 
 @contextmanager
