@@ -11,12 +11,12 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import rnnkern
 from rnnkern import doctor
+from rnnkern.arguments import missing, positive_float, positive_int, seed
 from rnnkern.bench import command as bench
 from rnnkern.train.checkpoint import beside
 from rnnkern.train.options import CELLS, INITS, TASKS, InputError, Options
@@ -71,15 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.add_argument("--out", type=_picture, default="demo.png", metavar="FILE", help="the PNG to write")
-    command.add_argument("--epochs", type=_positive_int, default=40, metavar="N", help="of each of the two runs")
+    command.add_argument("--epochs", type=positive_int, default=40, metavar="N", help="of each of the two runs")
     command.add_argument(
-        "--seed", type=_seed, default=0, metavar="S", help="of the weights and of the order of the data"
+        "--seed", type=seed, default=0, metavar="S", help="of the weights and of the order of the data"
     )
-    command.add_argument("--hidden-size", type=_positive_int, default=128, metavar="H", help="units of the RNN")
-    command.add_argument("--batch-size", type=_positive_int, default=64, metavar="B", help="images in a step")
+    command.add_argument("--hidden-size", type=positive_int, default=128, metavar="H", help="units of the RNN")
+    command.add_argument("--batch-size", type=positive_int, default=64, metavar="B", help="images in a step")
     command.add_argument(
         "--lr",
-        type=_positive_float,
+        type=positive_float,
         default=3e-3,
         metavar="X",
         help="Adam's learning rate, falling to 0 along a cosine",
@@ -124,15 +124,15 @@ def _add_flow(commands: argparse._SubParsersAction) -> None:
     add("--task", "what to learn", choices=TASKS)
     add("--cell", "rnnkern's tanh or ReLU RNN, or torch.nn's LSTM or GRU", choices=CELLS)
     add("--init", f"of W_hh: {', '.join(INITS)}, or its spectral radius, a number", type=_init, metavar="INIT")
-    add("--length", "steps of a sequence; of the copying task, steps to remember", type=_positive_int, metavar="T")
-    add("--batch-size", "sequences in a training step", type=_positive_int, metavar="B")
-    add("--hidden-size", "units of a layer", type=_positive_int, metavar="H")
-    add("--layers", "of the net", type=_positive_int, metavar="N")
-    add("--lr", "Adam's learning rate", type=_positive_float, metavar="X")
+    add("--length", "steps of a sequence; of the copying task, steps to remember", type=positive_int, metavar="T")
+    add("--batch-size", "sequences in a training step", type=positive_int, metavar="B")
+    add("--hidden-size", "units of a layer", type=positive_int, metavar="H")
+    add("--layers", "of the net", type=positive_int, metavar="N")
+    add("--lr", "Adam's learning rate", type=positive_float, metavar="X")
     add("--clip", "clip the norm of the gradient of all weights; inf: do not", type=_clip, metavar="X")
-    add("--every", "record the gradient flow at every N-th training step", type=_positive_int, metavar="N")
-    add("--steps", "training steps in all", type=_positive_int, metavar="N")
-    add("--seed", "of the weights and of the data", type=_seed, metavar="S")
+    add("--every", "record the gradient flow at every N-th training step", type=positive_int, metavar="N")
+    add("--steps", "training steps in all", type=positive_int, metavar="N")
+    add("--seed", "of the weights and of the data", type=seed, metavar="S")
     command.add_argument(
         "--out",
         type=_report,
@@ -189,22 +189,14 @@ def _flow(arguments: argparse.Namespace) -> int:
 
 def _machine(command: str, needs: dict[str, str]) -> str | int:
     """What computes here, in a line; or the exit code, where something that the command needs cannot be had."""
-    missing = [distribution for module, distribution in needs.items() if not _imports(module)]
-    if missing:
-        message = f'needs {", ".join(missing)}, not installed here. Run: pip install "rnnkern[{command}]"'
+    lacking = missing(needs)
+    if lacking:
+        message = f'needs {", ".join(lacking)}, not installed here. Run: pip install "rnnkern[{command}]"'
         return _fail(command, 2, message)
     try:
         return doctor.in_one_line()
     except (RuntimeError, ValueError) as error:
         return _fail(command, 1, f"{error}\n`rnnkern doctor` says more.")
-
-
-def _imports(module: str) -> bool:
-    try:
-        import_module(module)
-    except ImportError:
-        return False
-    return True
 
 
 def _fail(command: str, code: int, message: str) -> int:
@@ -237,41 +229,18 @@ def _writable(text: str, ending: str) -> Path:
     return path
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return value
-
-
 def _clip(text: str) -> float:
-    return math.inf if float(text) == math.inf else _positive_float(text)
+    return math.inf if float(text) == math.inf else positive_float(text)
 
 
 def _init(text: str) -> str | float:
     if text in INITS:
         return text
     try:
-        return _positive_float(text)
+        return positive_float(text)
     except ValueError:
         expected = f"expected {', '.join(INITS)}, or a spectral radius"
         raise argparse.ArgumentTypeError(f"{text!r} is no init: {expected}") from None
 
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {value}")
-    return value
-
-
-# argparse names the type in its message where a number cannot be read.
-_positive_int.__name__ = _seed.__name__ = "integer"
-_positive_float.__name__ = _clip.__name__ = "number"
+_clip.__name__ = "number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -138,3 +139,12 @@ def nothing_stays() -> Iterator[None]:
         yield
     assert not recorder._open
     assert recorder._optimizer_stepped not in torch_optimizer._global_optimizer_post_hooks.values()
+
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    """What goes now goes by its reference count alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -13,7 +13,7 @@ import torch
 from helpers import threads
 
 from rnnkern import cli
-from rnnkern.bench import command, engine, memory, results, table, timing
+from rnnkern.bench import engine, memory, results, table, timing
 from rnnkern.bench.cells import Cell
 from rnnkern.bench.engine import Options, prepared_and_compared
 from rnnkern.bench.grids import GRIDS, Grid, cells_of
@@ -246,8 +246,6 @@ def test_grids_are_those_that_were_published() -> None:
 def test_bench_runs_writes_and_compares(
     cpu_library: None, grid: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in command.NEEDS:
-        pytest.importorskip(module)
     grid += [Cell("train", 4, 2, 8), Cell("infer", 4, 2, 8)]
     run = ["bench", "--grid", "test", "--cell-seconds", "0.05", "--peers", "rnnkern cpu,nn.RNN", "--out"]
     assert cli.main([*run, str(tmp_path)]) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rnnkern import cli
-from rnnkern.bench import command, compare, results, stats, table
+from rnnkern.bench import compare, results, stats, table
 from rnnkern.bench.cells import Cell
 from rnnkern.bench.grids import GRIDS
 from rnnkern.bench.peers import PEERS
@@ -109,7 +109,6 @@ def test_statistics() -> None:
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> Any:
-    pytest.importorskip("jinja2")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import page
 
@@ -138,15 +137,7 @@ def test_the_page_is_made_from_the_runs_that_are_kept(page: Any) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bench_needs() -> None:
-    for module in command.NEEDS:
-        pytest.importorskip(module)
-
-
-def test_bench_fails_where_something_became_slower(
-    bench_needs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_fails_where_something_became_slower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     after = copy.deepcopy(BEFORE)
     after["rows"][0]["seconds"] = [2.0] * 4
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
@@ -173,9 +164,7 @@ def test_bench_lists_grids_and_peers(capsys: pytest.CaptureFixture[str]) -> None
         (["--out", "/dev/null"], "cannot write into"),
     ],
 )
-def test_bench_refuses(
-    arguments: list[str], message: str, bench_needs: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
@@ -191,17 +180,13 @@ def test_bench_refuses_values(option: str, value: str, capsys: pytest.CaptureFix
     assert f"argument {option}" in capsys.readouterr().err
 
 
-def test_bench_refuses_pinned_threads(
-    bench_needs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_refuses_pinned_threads(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     assert cli.main(["bench"]) == 2
     assert "OMP_PROC_BIND is set" in capsys.readouterr().err
 
 
-def test_bench_names_what_is_missing(
-    bench_needs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["bench"]) == 2
     assert 'needs matplotlib, not installed here. Run: pip install "rnnkern[bench]"' in capsys.readouterr().err

@@ -31,8 +31,6 @@ SIZES = ["--length", "10", "--hidden-size", "8", "--batch-size", "4", "--every",
 @pytest.fixture
 def flow_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the command imports; its pictures small, as nobody looks at them here."""
-    for module in cli.FLOW_NEEDS:
-        pytest.importorskip(module)
     monkeypatch.setattr("rnnkern.gradflow.report.DPI", 20)
 
 

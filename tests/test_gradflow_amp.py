@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -347,15 +346,6 @@ def test_nothing_waits_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # What stays on the scaler
-
-
-@pytest.fixture
-def without_gc() -> Iterator[None]:
-    """What goes now goes by its reference count alone."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_nothing_stays_on_the_scaler(without_gc: None) -> None:

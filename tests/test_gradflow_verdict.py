@@ -131,27 +131,28 @@ def test_dead_units_cut_the_chain() -> None:
     assert record(rnn, x, scale=1e-7).verdict(needs=10).symptoms[0].remedy.count("float16 ends") == 1
 
 
-def test_truncated_bptt_is_a_cut() -> None:
-    rnn = chain(1.0)
+def in_chunks(gain: float, every_chunk: bool) -> Record:
+    """Three chunks of truncated BPTT, five steps each, with a loss at the end of each or of the last alone."""
+    rnn = chain(gain)
     flow = rnnkern.watch(rnn)
     bptt = rnnkern.TruncatedBPTT(5, flow=flow)
     for (x,) in bptt.chunks(zeros(15)):
         output, bptt.hx = rnn(x, bptt.hx)
+        if every_chunk:
+            output[-1].sum().backward()
+    if not every_chunk:
         output[-1].sum().backward()
-    verdict = read(flow).verdict()
-    symptom = only(verdict, "cut")
+    return read(flow)
+
+
+def test_truncated_bptt_is_a_cut() -> None:
+    symptom = only(in_chunks(1.0, every_chunk=True).verdict(), "cut")
     assert symptom.figures["stops"] == 2 * 2 and symptom.figures["zeros"] == 0
     assert "truncated BPTT" in symptom.remedy
 
 
 def test_a_cut_that_is_the_horizon_is_no_vanishing() -> None:
-    rnn = chain(0.9)
-    flow = rnnkern.watch(rnn)
-    bptt = rnnkern.TruncatedBPTT(5, flow=flow)
-    for (x,) in bptt.chunks(zeros(15)):
-        output, bptt.hx = rnn(x, bptt.hx)
-    output[-1].sum().backward()
-    verdict = read(flow).verdict()
+    verdict = in_chunks(0.9, every_chunk=False).verdict()
     only(verdict, "cut")
     assert verdict.sentences[0].startswith("rnn l0: learns 4 steps back; there are 14.")
 

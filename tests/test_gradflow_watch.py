@@ -7,7 +7,7 @@ import gc
 import io
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -79,15 +79,6 @@ def test_a_tap_takes_no_memory() -> None:
         assert tap.dtype == torch.float64
         assert tap.requires_grad
         assert tap.untyped_storage().nbytes() == 8
-
-
-@pytest.fixture
-def without_gc() -> Iterator[None]:
-    """What goes now goes by its reference count alone."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def _spied(rnn: rnnkern.RNN) -> list[weakref.ref[torch.autograd.graph.Node]]:

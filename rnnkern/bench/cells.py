@@ -14,8 +14,13 @@ MODES = {
     "last": "as train, with the gradient at the last step alone: a loss at the end",
     "watch": "as train, with the norm of ∂L/∂h_t at every step, read after each call",
     "record": "as watch, but read only once in the end",
+    "figures": "as watch, with every figure of the record and its verdict computed after each call",
     "bptt": "as train, to the weights alone, in chunks of so many steps: truncated BPTT",
 }
+
+
+#: those that record norms
+RECORDING = ("watch", "record", "figures")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from rnnkern.arguments import missing, positive_float, positive_int
 from rnnkern.bench import results
 from rnnkern.bench.cells import MODES
 from rnnkern.bench.grids import GRIDS, cells_of
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="say which grids and peers there are, and run nothing")
     parser.add_argument("--peers", type=_names, metavar="A,B", help="only these, by the names that --list shows")
     parser.add_argument("--modes", type=_modes, default=(), metavar="A,B", help=f"only these of {', '.join(MODES)}")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of every peer (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="of every peer (default: PyTorch's choice)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument(
-        "--seconds", type=_seconds, metavar="S", help="that the whole run may take (default: the grid's)"
+        "--seconds", type=positive_float, metavar="S", help="that the whole run may take (default: the grid's)"
     )
-    parser.add_argument("--cell-seconds", type=_seconds, metavar="S", help="that the rounds of one cell may take")
+    parser.add_argument("--cell-seconds", type=positive_float, metavar="S", help="that the rounds of one cell may take")
     parser.add_argument(
         "--subnormals",
         choices=("flush", "keep"),
@@ -84,9 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    missing = [distribution for module, distribution in NEEDS.items() if not _imports(module)]
-    if missing:
-        raise CannotRun(f'needs {", ".join(missing)}, not installed here. Run: pip install "rnnkern[bench]"')
+    lacking = missing(NEEDS)
+    if lacking:
+        raise CannotRun(f'needs {", ".join(lacking)}, not installed here. Run: pip install "rnnkern[bench]"')
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise CannotRun("--device cuda: there is no GPU that torch can use")
     if os.environ.get("OMP_PROC_BIND", "false").lower() not in ("false", "0"):
@@ -206,14 +206,6 @@ def _read(path: Path) -> Run:
         raise CannotRun(str(error)) from None
 
 
-def _imports(module: str) -> bool:
-    try:
-        import_module(module)
-    except ImportError:
-        return False
-    return True
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -224,20 +216,3 @@ def _modes(text: str) -> tuple[str, ...]:
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(MODES)}, got {text!r}")
     return names
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-    return value
-
-
-_positive.__name__, _seconds.__name__ = "integer", "number"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rnnkern.bench import memory, results
-from rnnkern.bench.cells import Cell
+from rnnkern.bench.cells import RECORDING, Cell
 from rnnkern.bench.grids import GRIDS, cells_of
 from rnnkern.bench.peers import PEERS
 from rnnkern.bench.peers.base import Peer, Work
@@ -116,7 +116,7 @@ class _Session:
     def _names(self, cell: Cell) -> dict[str, tuple[Peer, Cell]]:
         """Who takes part. Where norms are recorded, the steps without them run in the same rounds."""
         names = {peer.name: (peer, cell) for peer in self.peers if _takes_part(peer, cell)}
-        if cell.mode in ("watch", "record"):
+        if cell.mode in RECORDING:
             plain = replace(cell, mode="train")
             for peer in self.peers:
                 if (peer.name in names and peer.compared) or peer.name == "nn.RNN":
@@ -165,7 +165,8 @@ class _Session:
             tell("rounds")
             self._set_subnormals()
             calls = {name: work.call for name, work in works.items()}
-            for name, times in interleaved(calls, self.cell_seconds, self.options.device).items():
+            measured = interleaved(calls, self.cell_seconds, self.options.device, self.grid.most_rounds)
+            for name, times in measured.items():
                 rows[name].update(
                     status="timed" if times.complete else "one call",
                     seconds=[float(f"{s:.4g}") for s in times.seconds],

@@ -8,7 +8,8 @@ from itertools import product
 
 import torch
 
-from rnnkern.bench.cells import Cell
+from rnnkern.bench.cells import RECORDING, Cell
+from rnnkern.bench.timing import MOST_ROUNDS
 
 #: (B, H) of the project's own tables, T = 256, input size = H
 OURS = ((1, 64), (1, 256), (1, 1024), (16, 64), (16, 256), (64, 128), (64, 256), (64, 512), (128, 1024))
@@ -27,6 +28,7 @@ class Grid:
     cell_seconds: float
     total_seconds: float
     without: tuple[str, ...] = ()
+    most_rounds: int = MOST_ROUNDS
 
 
 def _quick(device: str) -> Iterator[Cell]:
@@ -43,6 +45,11 @@ def _ours(device: str) -> Iterator[Cell]:
     if device == "cuda":
         for dtype, (B, H), mode in product(("tf32", "fp16"), OURS, ("infer", "train")):
             yield Cell(mode, OURS_T, B, H, dtype=dtype)
+
+
+def _watching(device: str) -> Iterator[Cell]:
+    for mode in ("record", "watch", "figures"):
+        yield Cell(mode, OURS_T, 64, 256)
 
 
 def _flashrnn(device: str) -> Iterator[Cell]:
@@ -94,7 +101,7 @@ def _counts(most: int) -> list[int]:
 
 def _tiny(device: str) -> Iterator[Cell]:
     """Shows that everything works; its times mean nothing."""
-    for mode in ("infer", "train", "last", "watch", "record"):
+    for mode in ("infer", "train", "last", *RECORDING):
         yield Cell(mode, 8, 2, 16)
     yield Cell("infer", 8, 2, 16, dtype="bf16")
     for T in (8, 16, 32):
@@ -118,6 +125,7 @@ _LONG = ("torch.compile", "cell loop")
 GRIDS: dict[str, Grid] = {
     "quick": Grid("three sizes, every mode and peer: what `make bench` runs", _quick, 2.5, 170),
     "ours": Grid("the project's own sizes, every mode, fp32 and bf16", _ours, 2.0, 600, ("torch.compile",)),
+    "watching": Grid("what recording adds at B = 64, H = 256, in many rounds", _watching, 60.0, 240, _LONG[:1], 150),
     "scaling": Grid("time and memory against T, B, H, threads, chunks, layers", _scaling, 3.0, 420, (*_LONG, "GEMM")),
     "flashrnn": Grid("FlashRNN's published grid", _flashrnn, 20.0, 3600, _LONG),
     "flashrnn-small": Grid(

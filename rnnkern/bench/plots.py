@@ -44,7 +44,7 @@ def draw(run: Run) -> Figure:
         return _scaling(run, cells)
     panels: dict[tuple[str, str], dict[Cell, dict[str, Row]]] = {}
     for cell, rows in cells.items():
-        if ours(rows) is not None and cell.mode != "record":
+        if ours(rows) is not None and cell.mode not in ("record", "figures"):
             panels.setdefault((cell.mode, cell.dtype), {})[cell] = rows
     if not panels:
         raise ValueError("nothing in this run has a time of rnnkern's: there is nothing to draw")

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rnnkern.bench.cells import Cell
+from rnnkern.bench.cells import RECORDING, Cell
 
 #: What a call has computed, in float64: "output" (T, B, width), "grad x", "grad weight_hh_l0", ..., "norms" (T,).
 Answers = dict[str, Tensor]
@@ -116,7 +116,7 @@ def _true_answers(cell: Cell, model: nn.RNN, x: Tensor, gradient: Tensor) -> Ans
     if cell.mode == "infer":
         with torch.no_grad():
             return {"output": model(x)[0]}
-    if cell.mode in ("watch", "record"):
+    if cell.mode in RECORDING:
         return _true_norms(model, x, gradient)
     if cell.mode == "bptt":
         hx = None

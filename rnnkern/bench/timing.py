@@ -23,7 +23,7 @@ SETTLE, LONG = 3e-3, 20
 #: seconds that a turn takes at least: short calls are repeated in it
 TURN = 2e-3
 #: of a cell
-LEAST_ROUNDS, MOST_ROUNDS = 5, 30
+LEAST_ROUNDS, MOST_ROUNDS = 5, 30  # the latter where the grid says nothing else
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Times:
     complete: bool = True
 
 
-def interleaved(calls: Mapping[str, Call], budget: float, device: str = "cpu") -> dict[str, Times]:
+def interleaved(
+    calls: Mapping[str, Call], budget: float, device: str = "cpu", most_rounds: int = MOST_ROUNDS
+) -> dict[str, Times]:
     """Rounds of all calls within about ``budget`` seconds, or the least number of them; a call that alone takes longer
     than that has no rounds, but one time.
 
@@ -49,7 +51,7 @@ def interleaved(calls: Mapping[str, Call], budget: float, device: str = "cpu") -
     slow = {name for name, seconds in once.items() if seconds > budget}
     repeats = {name: max(1, round(TURN / seconds)) for name, seconds in once.items() if name not in slow}
     cost = sum(once[name] * repeats[name] + _settling(once[name]) for name in repeats)
-    rounds = min(max(int(budget / cost), LEAST_ROUNDS), MOST_ROUNDS) if repeats else 0
+    rounds = min(max(int(budget / cost), LEAST_ROUNDS), most_rounds) if repeats else 0
     seconds: dict[str, list[float]] = {name: [] for name in repeats}
     names = list(repeats)
     with _undisturbed():

@@ -278,12 +278,15 @@ def reordered(rows: NDArray, lengths: Ints, order: Order) -> NDArray:
     direction = {"processing": 1, "input": None, "lag": 0}[order]
     if direction is None or direction >= rows.shape[-3]:
         return rows
-    steps = np.arange(rows.shape[-2])[:, None]
+    part, result = rows[..., direction, :, :], rows.copy()
+    T = rows.shape[-2]
+    if (lengths == T).all():  # no index array, which would take several times as long
+        result[..., direction, :, :] = part[..., ::-1, :]
+        return result
+    steps = np.arange(T)[:, None]
     index = np.where(steps < lengths, lengths - 1 - steps, steps)
-    rows = rows.copy()
-    part = rows[..., direction, :, :]
-    rows[..., direction, :, :] = np.take_along_axis(part, np.broadcast_to(index, part.shape), -2)
-    return rows
+    result[..., direction, :, :] = np.take_along_axis(part, np.broadcast_to(index, part.shape), -2)
+    return result
 
 
 def _root_ratio(numerator: Floats, denominator: Floats) -> Floats:

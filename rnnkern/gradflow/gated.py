@@ -11,13 +11,12 @@ instance see to it that copies, files and replicas of nn.DataParallel do not get
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from rnnkern.gradflow.recorder import Forward, Recorder, Step
+from rnnkern.gradflow.standin import StandIn
 from rnnkern.gradflow.taps import ModuleTaps
 from rnnkern.gradflow.unrolled import RECURRENT, Call, Weights, observed, requires_grad, step, unrolled
 
@@ -34,9 +34,6 @@ SEQUENCES = (nn.LSTM, nn.GRU, nn.RNN)
 CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 CELL_OPERATORS = tuple(f"{name}_cell" for name in OPERATORS)
-
-#: what stands on the instance while it is watched, and the method of Watched that does
-METHODS = {"forward": "forward", "__getstate__": "state", "_replicate_for_data_parallel": "replicate"}
 
 
 def is_served(module: nn.Module) -> bool:
@@ -56,26 +53,21 @@ def has_gates(module: nn.Module) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a Flow is open on it."""
-    watched = _of(module)
+    watched = Watched.of(module)
     return watched is not None and watched.recorder is not None
 
 
 def attach(module: nn.Module, recorder: Recorder, name: str, c_name: str | None) -> None:
     """Watch a module under that name, and its c under the other."""
-    Watched(module, recorder, name, c_name).stand_in(vars(module))
+    Watched(module, recorder, name, c_name).stand_in()
 
 
 def detach(module: nn.Module) -> None:
     """Watch it no longer: it is what it was before."""
-    watched = _of(module)
+    watched = Watched.of(module)
     if watched is not None:
         watched.recorder = watched.chain = None
         watched.give_back(vars(module))
-
-
-def _of(module: nn.Module) -> Watched | None:
-    watched = getattr(vars(module).get("__getstate__"), "__self__", None)
-    return watched if isinstance(watched, Watched) else None
 
 
 @dataclass(eq=False)
@@ -90,45 +82,27 @@ class Chain:
     returned: tuple[weakref.ref[Tensor], ...] = ()  # the newest state, as the caller has it
 
 
-class Watched:
+class Watched(StandIn[nn.Module]):
     """What stands in for some methods of one module while it is watched; without a recorder it only passes on."""
 
+    METHODS: ClassVar[dict[str, str]] = {
+        "forward": "forward",
+        "__getstate__": "state",
+        "_replicate_for_data_parallel": "replicate",
+    }
+
     def __init__(self, module: nn.Module, recorder: Recorder | None, name: str, c_name: str | None) -> None:
-        self._module = weakref.ref(module)
+        super().__init__(module)
         self.recorder, self.name, self.c_name = recorder, name, c_name
-        self.replaced = {method: vars(module)[method] for method in METHODS if method in vars(module)}
         self.chain: Chain | None = None
         self._has_run = self._has_warned = False
 
-    @property
-    def module(self) -> nn.Module:
-        """The module, which must still be there."""
-        module = self._module()
-        if module is None:
-            raise ReferenceError(f"the module whose forward this was, {self.name!r}, is gone")
-        return module
-
-    def stand_in(self, attributes: dict[str, Any]) -> None:
-        attributes.update({method: getattr(self, own) for method, own in METHODS.items()})
-
-    def give_back(self, attributes: dict[str, Any]) -> None:
-        """Take back what is still this watching's own, in the attributes of the module or of a copy."""
-        for method in METHODS:
-            if getattr(attributes.get(method), "__self__", None) is self:
-                del attributes[method]
-                if method in self.replaced:
-                    attributes[method] = self.replaced[method]
-
-    def _own(self, method: str) -> Callable[..., Any]:
-        if method in self.replaced:
-            own: Callable[..., Any] = self.replaced[method]
-            return own
-        module = self.module
-        return functools.partial(getattr(type(module), method), module)
+    def __repr__(self) -> str:
+        return f"rnnkern.watch on {self.name!r}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward; with the loop in it where that is to be recorded."""
-        own = self._own("forward")
+        own = self.own("forward")
         traced = any(isinstance(x, torch.fx.Proxy) for x in args)
         return own(*args, **kwargs) if traced or not self._is_wanted() else self._slowly(own, args, kwargs)
 
@@ -149,7 +123,7 @@ class Watched:
                 "%r is a %s: steps that are sampled run it as a Python loop, which is slow; the others run as "
                 "always. docs/gated.md",
                 self.name,
-                type(self.module).__name__,
+                type(self.owner).__name__,
             )
         with InPlaceOfOperator(self, args, kwargs) as mode:
             result = own(*args, **kwargs)
@@ -186,23 +160,15 @@ class Watched:
             )
         return None
 
-    def state(self) -> Any:
-        """For copies and files: they are not watched."""
-        state = self._own("__getstate__")()
-        if isinstance(state, dict):
-            state = state.copy()
-            self.give_back(state)
-        return state
-
     def replicate(self) -> Any:
         """For nn.DataParallel, whose replicas are not watched: a forward knows one module alone."""
-        replica = self._own("_replicate_for_data_parallel")()
+        replica = self.own("_replicate_for_data_parallel")()
         self.give_back(vars(replica))
         return replica
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
         """Where torch copies a module with parametrizations attribute by attribute: what only passes on."""
-        copied = Watched(memo.get(id(self.module), self.module), None, self.name, self.c_name)
+        copied = Watched(memo.get(id(self.owner), self.owner), None, self.name, self.c_name)
         copied.replaced = copy.deepcopy(self.replaced, memo)
         return copied
 
@@ -224,9 +190,9 @@ class InPlaceOfOperator(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         result = None
         try:
-            if name in OPERATORS and any(x is getattr(self.watched.module, "_flat_weights", None) for x in args):
+            if name in OPERATORS and any(x is getattr(self.watched.owner, "_flat_weights", None) for x in args):
                 result = self._sequence(name, args)
-            elif name in CELL_OPERATORS and isinstance(self.watched.module, CELLS):
+            elif name in CELL_OPERATORS and isinstance(self.watched.owner, CELLS):
                 result = self._cell(name.removesuffix("_cell"), args)
         except RuntimeError:
             func(*args, **(kwargs or {}))  # what it says of its arguments is what the module says

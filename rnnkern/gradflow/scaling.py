@@ -9,21 +9,19 @@ the instance, and goes with the last Flow that listens; copies and files of the 
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim.optimizer import Optimizer
 
+from rnnkern.gradflow.standin import StandIn
+
 if TYPE_CHECKING:
     from rnnkern.gradflow.recorder import Recorder
-
-#: what stands on the instance of a scaler, and the method of Listener that does
-METHODS = {"step": "step", "__getstate__": "state"}
 
 
 class LossScale:
@@ -83,56 +81,24 @@ class Outcome:
         return bool(self._found[0])
 
 
-class Listener:
+class Listener(StandIn[GradScaler]):
     """What stands in for some methods of one scaler while recorders listen; without one it only passes on."""
 
+    METHODS: ClassVar[dict[str, str]] = {"step": "step", "__getstate__": "state"}
+
     def __init__(self, scaler: GradScaler) -> None:
-        self._scaler = weakref.ref(scaler)
+        super().__init__(scaler)
         self.recorders: list[Recorder] = []
-        self.replaced = {method: vars(scaler)[method] for method in METHODS if method in vars(scaler)}
-
-    @property
-    def scaler(self) -> GradScaler:
-        """The scaler, which must still be there."""
-        scaler = self._scaler()
-        if scaler is None:
-            raise ReferenceError("the GradScaler whose step this was is gone")
-        return scaler
-
-    def stand_in(self, attributes: dict[str, Any]) -> None:
-        attributes.update({method: getattr(self, own) for method, own in METHODS.items()})
-
-    def give_back(self, attributes: dict[str, Any]) -> None:
-        """Take back what is still this listener's own, in the attributes of the scaler or of a copy."""
-        for method in METHODS:
-            if getattr(attributes.get(method), "__self__", None) is self:
-                del attributes[method]
-                if method in self.replaced:
-                    attributes[method] = self.replaced[method]
-
-    def _own(self, method: str) -> Callable[..., Any]:
-        if method in self.replaced:
-            own: Callable[..., Any] = self.replaced[method]
-            return own
-        return functools.partial(getattr(type(self.scaler), method), self.scaler)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """The scaler's own step, which may skip that of the optimizer: in either case a step of training ends."""
         outcomes = [(recorder, recorder.outcome()) for recorder in self.recorders if recorder.is_trained_by(optimizer)]
-        result = self._own("step")(optimizer, *args, **kwargs)
+        result = self.own("step")(optimizer, *args, **kwargs)
         for recorder, outcome in outcomes:
             recorder.end_step()
             if outcome is not None:
-                outcome.add(_found(self.scaler, optimizer))
+                outcome.add(_found(self.owner, optimizer))
         return result
-
-    def state(self) -> Any:
-        """For copies and files: nobody listens to them."""
-        state = self._own("__getstate__")()
-        if isinstance(state, dict):
-            state = state.copy()
-            self.give_back(state)
-        return state
 
 
 def listen(recorder: Recorder) -> None:
@@ -140,27 +106,22 @@ def listen(recorder: Recorder) -> None:
     scaler = recorder.loss_scale.scaler
     if scaler is None:
         return
-    listener = _of(scaler)
+    listener = Listener.of(scaler)
     if listener is None:
         listener = Listener(scaler)
-        listener.stand_in(vars(scaler))
+        listener.stand_in()
     listener.recorders.append(recorder)
 
 
 def forget(recorder: Recorder) -> None:
     """Tell it no more."""
     scaler = recorder.loss_scale.scaler
-    listener = None if scaler is None else _of(scaler)
+    listener = None if scaler is None else Listener.of(scaler)
     if scaler is None or listener is None or recorder not in listener.recorders:
         return
     listener.recorders.remove(recorder)
     if not listener.recorders:
         listener.give_back(vars(scaler))
-
-
-def _of(scaler: GradScaler) -> Listener | None:
-    listener = getattr(vars(scaler).get("__getstate__"), "__self__", None)
-    return listener if isinstance(listener, Listener) else None
 
 
 def _found(scaler: GradScaler, optimizer: Optimizer) -> list[Tensor]:

@@ -12,14 +12,14 @@ from rnnkern.bench.problem import Answers, Problem
 class CellLoop(Peer):
     name = "cell loop"
     devices = ("cpu", "cuda")
-    modes = ("infer", "train", "last", "watch")
+    modes = ("infer", "train", "last", "watch", "figures")
 
     def prepare(self, problem: Problem) -> Work:
         cell = problem.cell
         model = nn.RNNCell(cell.I, cell.H, device=problem.device, dtype=cell.precision.dtype)
         model.load_state_dict({name.removesuffix("_l0"): value for name, value in problem.weights[0].items()})
         inputs = [x.clone().requires_grad_(cell.mode != "infer") for x in problem.inputs]
-        watches = cell.mode == "watch"
+        watches = cell.mode in ("watch", "figures")
 
         def forward(x: Tensor) -> list[Tensor]:
             states, h = [], None

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 import rnnkern
 from rnnkern.backends import BACKENDS, select
-from rnnkern.bench.cells import Cell
+from rnnkern.bench.cells import RECORDING, Cell
 from rnnkern.bench.peers.base import Peer, Work
 from rnnkern.bench.problem import Answers, Problem
 from rnnkern.gradflow.record import Record
+
+#: of a record, what docs/gradient-flow.md lists
+FIGURES: tuple[str, ...] = ("log10_norm", "horizon", "slope", "gain", "saturation_factor", "weight_factor", "mean_gain")
+FIGURES += ("direct", "recurrent", "direct_share", "cosine", "omega", "zeros", "first_zero")
+FIGURES += ("nonfinite", "first_nonfinite")
 
 
 class TorchModule(Peer):
@@ -136,7 +141,7 @@ class TorchRNN(TorchModule):
 class Rnnkern(TorchModule):
     """rnnkern.RNN on one backend."""
 
-    modes = ("infer", "train", "last", "bptt", "watch", "record")
+    modes = ("infer", "train", "last", "bptt", *RECORDING)
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -158,18 +163,28 @@ class Rnnkern(TorchModule):
         return None if chosen.name == self.backend else partial(rnnkern.use_backend, self.backend)
 
     def prepare(self, problem: Problem) -> Work:
-        return self._watched(problem) if problem.cell.mode in ("watch", "record") else super().prepare(problem)
+        return self._watched(problem) if problem.cell.mode in RECORDING else super().prepare(problem)
 
     def _watched(self, problem: Problem) -> Work:
-        models, reads = self.models(problem), problem.cell.mode == "watch"
+        models, mode = self.models(problem), problem.cell.mode
         inputs = [x.clone().requires_grad_() for x in problem.inputs]
         step = _step(models, problem)
         flow = rnnkern.watch(models)
 
+        def compute(record: Record) -> None:
+            for name in record.modules:
+                for figure in FIGURES if mode == "figures" else ("norm",):
+                    getattr(record[name], figure)
+            if mode == "figures":
+                record.verdict()
+
         def call(i: int) -> tuple[Tensor, Record | None]:
             y = step(inputs[i % len(inputs)])
             flow.step()
-            return y, flow.read() if reads else None
+            record = None if mode == "record" else flow.read()
+            if record is not None:
+                compute(record)
+            return y, record
 
         def answers(result: tuple[Tensor, Record | None]) -> Answers:
             y, record = result
