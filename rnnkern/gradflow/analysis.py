@@ -252,10 +252,16 @@ class Analysis:
         values = np.where(exists, np.stack([later[TOTAL], later[DELTA], rows[RECURRENT]]), 0)
         return tuple(reordered(x, self.lengths, "processing") for x in (values, exists))  # type: ignore[return-value]
 
+    def _steps_back_in(self, order: Order) -> tuple[Floats, Bools]:
+        """:attr:`_steps_back` in that order, over the batch unless ``per_sample``; kept, as every factor needs it."""
+        kept: dict[Order, tuple[Floats, Bools]] = vars(self).setdefault("_kept_steps_back", {})
+        if order not in kept:
+            values, exists = (reordered(x, self.lengths, order) for x in self._steps_back)
+            kept[order] = (values, exists) if self.per_sample else (values.sum(-1), np.any(exists, -1))
+        return kept[order]
+
     def _ratio(self, numerator: int, denominator: int, order: Order) -> Floats:
-        values, exists = (reordered(x, self.lengths, order) for x in self._steps_back)
-        if not self.per_sample:
-            values, exists = values.sum(-1), np.any(exists, -1)
+        values, exists = self._steps_back_in(order)
         total, delta, recurrent = values
         by_kind = {TOTAL: total, DELTA: delta, RECURRENT: recurrent}
         return np.where(exists, _root_ratio(by_kind[numerator], by_kind[denominator]), np.nan)
