@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/member.h"
+
 namespace rnnkern::cpu {
 
 enum Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDtypes };
@@ -19,6 +21,7 @@ struct Steps {
   bool reverse;
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  int64_t all_rows() const { return !batch_sizes ? T * B : T == 0 ? 0 : offsets[T - 1] + batch_sizes[T - 1]; }
 };
 
 // The rows of a (T, B, H) or packed (N, H) tensor of element type S.
@@ -70,16 +73,30 @@ struct Factor {
   int64_t in_stride, out_stride, H;
 };
 
-// The kernels of one instruction set for one dtype. Rows [b0, b1) are independent of all others: a thread takes them
-// through the whole sequence without meeting another.
+// What one thread takes through the whole sequence: rows [b0, b1), of which it computes the hidden units of panels [p0, p1).
+// Rows are independent of each other. The hidden units of a row are not: the threads that share them meet at every step.
+struct Part {
+  int64_t b0, b1, p0, p1;
+  Member member;
+
+  bool is_shared() const { return member.size() > 1; }
+  // Of its rows, how many step t has: the first ones.
+  int64_t rows_of(const Steps& steps, int64_t t) const {
+    const int64_t rows = steps.rows(t);
+    return rows < b0 ? 0 : (rows < b1 ? rows : b1) - b0;
+  }
+};
+
+// The kernels of one instruction set for one dtype.
 struct Kernels {
-  int64_t (*panels)(int64_t H);       // the packed factor is made of so many panels
-  size_t (*packed_bytes)(int64_t H);  //
-  size_t (*scratch_bytes)(int64_t H, int64_t rows);
+  int64_t (*panels)(int64_t H);                     // the packed factor is made of so many panels
+  size_t (*packed_bytes)(int64_t H);                //
+  size_t (*scratch_bytes)(int64_t H, bool shared);  // for each row, a multiple of kAlignment
   // Fills panels [p0, p1); returns whether every element was finite.
   bool (*pack)(const Factor&, int64_t p0, int64_t p1, void* packed);
-  void (*forward[kNonlinearities])(const Forward&, const void* packed, int64_t b0, int64_t b1, void* scratch);
-  void (*backward[kNonlinearities])(const Backward&, const void* packed, int64_t b0, int64_t b1, void* scratch);
+  // Scratch is that of the part's rows; threads that share rows share it.
+  void (*forward[kNonlinearities])(const Forward&, const void* packed, Part, void* scratch);
+  void (*backward[kNonlinearities])(const Backward&, const void* packed, Part, void* scratch);
 };
 
 constexpr size_t kAlignment = 64;  // of packed and scratch

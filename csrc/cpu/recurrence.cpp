@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/flush.h"
+#include "cpu/team.h"
 
 namespace rnnkern::cpu {
 
@@ -51,56 +52,82 @@ Buffer allocate(size_t bytes) {
   return Buffer(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{kAlignment}));
 }
 
-// Bounds of `parts` runs of samples with about the same number of rows over all steps. A packed sequence's samples
-// come longest first.
-std::vector<int64_t> divide(const Steps& steps, int parts) {
-  std::vector<int64_t> bounds(parts + 1, steps.B);
-  bounds[0] = 0;
-  if (!steps.batch_sizes) {
-    for (int i = 1; i < parts; ++i) bounds[i] = steps.B * i / parts;
-    return bounds;
-  }
-  const int64_t all = steps.T ? steps.offsets[steps.T - 1] + steps.batch_sizes[steps.T - 1] : 0;
+// Where the i-th of `parts` runs of samples begins, which have about the same number of rows over all steps. A packed
+// sequence's samples come longest first.
+int64_t bound(const Steps& steps, int i, int parts) {
+  if (i == parts) return steps.B;
+  if (!steps.batch_sizes) return steps.B * i / parts;
+  const int64_t all = steps.all_rows();
   int64_t length = steps.T, done = 0, b = 0;
-  for (int i = 1; i < parts; ++i) {
-    for (; b < steps.B && done < all * i / parts; ++b) {
-      while (length > 0 && steps.batch_sizes[length - 1] <= b) --length;
-      done += length;
-    }
-    bounds[i] = b;
+  for (; b < steps.B && done < all * i / parts; ++b) {
+    while (length > 0 && steps.batch_sizes[length - 1] <= b) --length;
+    done += length;
   }
-  return bounds;
+  return b;
 }
+
+// How the threads of a team share a job: groups of rows, and the members of each group its hidden units.
+struct Division {
+  int groups, members;
+
+  int threads() const { return groups * members; }
+};
 
 // Below this many multiply-adds a second thread costs more than it brings (opening a parallel region takes about 1 µs).
 constexpr int64_t kWorkPerThread = 1 << 17;
+// The same for a member's share of a step (meeting the others takes about 0.3 µs).
+constexpr int64_t kWorkPerMeeting = 1 << 13;
+// Rows that read the factor once for all, as many as the product takes in one block with two panels, or nearly so.
+constexpr int64_t kRowsPerGroup = 4;
+// A factor that is better read in parts, each by the core that keeps it, than whole by all cores.
+constexpr size_t kLargeFactor = 1 << 18;
 
-int useful_threads(const Steps& steps, int threads) {
-  const int64_t rows =
-      steps.offsets && steps.T ? steps.offsets[steps.T - 1] + steps.batch_sizes[steps.T - 1] : steps.T * steps.B;
-  const double work = static_cast<double>(rows) * steps.H * steps.H;
-  const int64_t useful = static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, steps.B, useful})));
+// Rows go to the threads as long as there are enough: then no thread waits for another. Few rows share their threads.
+Division divide(const Kernels& kernels, const Steps& steps, int threads) {
+  const int64_t H = steps.H, rows = steps.all_rows();
+  const double work = static_cast<double>(rows) * H * H;
+  const int64_t useful = std::min<int64_t>(threads, static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1);
+  const auto members_of = [&](int64_t groups) {
+    // A member that has no processor of its own would have all others wait for it.
+    const int64_t available = std::min<int64_t>(useful, omp_get_num_procs()) / groups;
+    const double step = static_cast<double>(steps.B) / groups * H * H;
+    return std::min<int64_t>(
+        {available, kernels.panels(H), static_cast<int64_t>(std::min(step / kWorkPerMeeting, 1e9))});
+  };
+  int64_t groups = std::max<int64_t>(1, std::min(useful, steps.B)), members = members_of(groups);
+  if (steps.B <= 2 * useful && kernels.packed_bytes(H) >= kLargeFactor) {
+    const int64_t fewer = (steps.B + kRowsPerGroup - 1) / kRowsPerGroup;
+    if (fewer < groups && members_of(fewer) > 1) groups = fewer, members = members_of(fewer);
+  }
+  return {static_cast<int>(groups), static_cast<int>(std::max<int64_t>(1, members))};
 }
 
-// pack(p0, p1) over all panels, then walk(b0, b1, scratch) over all samples, by one team. The team may come out smaller
-// than asked for (inside another parallel region it is one thread): each member takes every size-th share.
+// pack(p0, p1) over all panels, then walk(part, scratch) over all samples and panels, by one team.
 template <class Pack, class Walk>
 void run(const Kernels& kernels, const Steps& steps, int threads, Pack pack, Walk walk) {
-  const int parts = useful_threads(steps, threads);
-  const std::vector<int64_t> bounds = divide(steps, parts);
-  std::vector<Buffer> scratch(parts);
-  for (int i = 0; i < parts; ++i) scratch[i] = allocate(kernels.scratch_bytes(steps.H, bounds[i + 1] - bounds[i]));
   const int64_t panels = kernels.panels(steps.H);
+  const Division planned = divide(kernels, steps, threads);
+  const size_t row_bytes = kernels.scratch_bytes(steps.H, planned.members > 1);
+  const Buffer scratch = allocate(steps.B * row_bytes);
+  std::vector<Member::Flag> flags(2 * planned.threads());  // of the team, and of its groups
 
-#pragma omp parallel num_threads(parts)
-  {
+  run_team(planned.threads(), [&](int me, int size) {
     const FlushSubnormals flush;
-    const int me = omp_get_thread_num(), size = omp_get_num_threads();
     pack(panels * me / size, panels * (me + 1) / size);
-#pragma omp barrier
-    for (int i = me; i < parts; i += size) walk(bounds[i], bounds[i + 1], scratch[i].get());
-  }
+    Member(&flags[planned.threads()], me, size).meet(false);
+
+    const Division division = size == planned.threads() ? planned : divide(kernels, steps, size);
+    if (me >= division.threads()) return;
+    const int group = me / division.members, member = me % division.members;
+    const int64_t b0 = bound(steps, group, division.groups), b1 = bound(steps, group + 1, division.groups);
+    const Part part{
+        b0,
+        b1,
+        panels * member / division.members,
+        panels * (member + 1) / division.members,
+        {&flags[group * division.members], member, division.members}};
+    walk(part, static_cast<char*>(scratch.get()) + b0 * row_bytes);
+  });
 }
 
 }  // namespace
@@ -111,9 +138,7 @@ void recurrence(const Forward& job, const Weights& w, Dtype dtype, Nonlinearity 
   const Factor factor{w.data, w.column_stride, w.row_stride, job.steps.H};  // h_{t-1} W': summed over W's columns
   run(
       kernels, job.steps, threads, [&](int64_t p0, int64_t p1) { kernels.pack(factor, p0, p1, packed.get()); },
-      [&](int64_t b0, int64_t b1, void* scratch) {
-        kernels.forward[nonlinearity](job, packed.get(), b0, b1, scratch);
-      });
+      [&](const Part& part, void* scratch) { kernels.forward[nonlinearity](job, packed.get(), part, scratch); });
 }
 
 void recurrence_backward(Backward job, const Weights& w, Dtype dtype, Nonlinearity nonlinearity, int threads) {
@@ -126,10 +151,10 @@ void recurrence_backward(Backward job, const Weights& w, Dtype dtype, Nonlineari
       [&](int64_t p0, int64_t p1) {
         if (!kernels.pack(factor, p0, p1, packed.get())) finite = false;
       },
-      [&](int64_t b0, int64_t b1, void* scratch) {
+      [&](const Part& part, void* scratch) {
         Backward mine = job;
         mine.finite_weights = finite;
-        kernels.backward[nonlinearity](mine, packed.get(), b0, b1, scratch);
+        kernels.backward[nonlinearity](mine, packed.get(), part, scratch);
       });
 }
 
