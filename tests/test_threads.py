@@ -20,6 +20,7 @@ from rnnkern.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("cpu_library")
 CPU = BACKENDS["cpu"]
+CXX = os.environ.get("CXX", "g++")
 
 #: Few rows, and enough work for two threads and more to share it; the last panel of 257 has one unit.
 FEW_ROWS = [
@@ -62,8 +63,8 @@ def test_vanished_chain_of_shared_rows() -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Small libraries: five processors for whoever asks OpenMP, and a function called in a parallel region."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five processors for whoever asks OpenMP, a function called in a parallel region, and members that only meet."""
     folder = tmp_path_factory.mktemp("built")
     (folder / "processors.cpp").write_text('extern "C" int omp_get_num_procs() { return 5; }')
     (folder / "nested.cpp").write_text(
@@ -71,18 +72,31 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     for name in ("processors", "nested"):
         command = ["-shared", "-fPIC", "-fopenmp", str(folder / f"{name}.cpp"), "-o", str(folder / f"{name}.so")]
-        subprocess.run([os.environ.get("CXX", "g++"), *command], check=True)
-    yield folder
+        subprocess.run([CXX, *command], check=True)
+    root = Path(__file__).parent
+    member = [f"-I{root.parent}/csrc", str(root / "cpu_host/member.cpp"), "-o", str(folder / "member")]
+    subprocess.run([CXX, "-std=c++20", "-O2", "-pthread", *member], check=True)
+    return folder
+
+
+@pytest.mark.parametrize(("size", "groups", "meetings"), [(2, 20, 20_000), (5, 200, 200)])
+def test_members_meet(built: Path, size: int, groups: int, meetings: int) -> None:
+    """Also where there are more of them than processors, and groups dissolve."""
+    command = [built / "member", *map(str, (size, groups, meetings))]
+    held, dissolved = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert held >= groups
+    if (os.cpu_count() or 1) < size:
+        assert 0 < dissolved <= groups, "who waits most of the time calls for it"
 
 
 FIVE = """
-import os, torch, rnnkern
+import os, sys, torch, rnnkern
 torch.set_num_threads(5)
 before = len(os.listdir("/proc/self/task"))
 torch.ops.rnnkern.recurrence(torch.randn(99, 1, 512), torch.zeros(1, 512), torch.eye(512), None, False, "tanh")
 assert len(os.listdir("/proc/self/task")) == before + 4, "five threads share one row"
 import pytest
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "shared_rows", __import__("sys").argv[1]]))
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "shared_rows and float32", sys.argv[1]]))
 """
 
 
@@ -131,7 +145,8 @@ def test_inside_a_parallel_region(built: Path) -> None:
 FORK = """
 import os, signal, torch, rnnkern
 torch.set_num_threads(2)
-few, many = ((torch.ones(T, B, H), torch.zeros(B, H), torch.eye(H), None, False, "tanh") for T, B, H in ((99, 1, 256), (9, 40, 64)))
+sizes = (99, 1, 256), (9, 40, 64)
+few, many = ((torch.ones(T, B, H), torch.zeros(B, H), torch.eye(H), None, False, "tanh") for T, B, H in sizes)
 ours = lambda: [torch.ops.rnnkern.recurrence(*arguments) for arguments in (few, many)]
 before = ours()
 torch.ones(1 << 20).add(1)  # libgomp's threads are there whoever asked for them

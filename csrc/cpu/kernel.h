@@ -95,8 +95,8 @@ struct Kernels {
   // Fills panels [p0, p1); returns whether every element was finite.
   bool (*pack)(const Factor&, int64_t p0, int64_t p1, void* packed);
   // Scratch is that of the part's rows; threads that share rows share it.
-  void (*forward[kNonlinearities])(const Forward&, const void* packed, Part, void* scratch);
-  void (*backward[kNonlinearities])(const Backward&, const void* packed, Part, void* scratch);
+  void (*forward[kNonlinearities])(const Forward&, const void* packed, Part&, void* scratch);
+  void (*backward[kNonlinearities])(const Backward&, const void* packed, Part&, void* scratch);
 };
 
 constexpr size_t kAlignment = 64;  // of packed and scratch

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -66,6 +67,12 @@ int64_t bound(const Steps& steps, int i, int parts) {
   return b;
 }
 
+// Where a group was dissolved, a busy machine gave its threads' time to somebody else. No rows are shared for so many times
+// what that has cost.
+using Clock = std::chrono::steady_clock;
+constexpr int kPauseOfSharing = 20;
+std::atomic<Clock::rep> no_sharing_before{0};
+
 // How the threads of a team share a job: groups of rows, and the members of each group its hidden units.
 struct Division {
   int groups, members;
@@ -83,7 +90,7 @@ constexpr int64_t kRowsPerGroup = 4;
 constexpr size_t kLargeFactor = 1 << 18;
 
 // Rows go to the threads as long as there are enough: then no thread waits for another. Few rows share their threads.
-Division divide(const Kernels& kernels, const Steps& steps, int threads) {
+Division divide(const Kernels& kernels, const Steps& steps, int threads, bool may_share) {
   const int64_t H = steps.H, rows = steps.all_rows();
   const double work = static_cast<double>(rows) * H * H;
   const int64_t useful = std::min<int64_t>(threads, static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1);
@@ -94,7 +101,9 @@ Division divide(const Kernels& kernels, const Steps& steps, int threads) {
     return std::min<int64_t>(
         {available, kernels.panels(H), static_cast<int64_t>(std::min(step / kWorkPerMeeting, 1e9))});
   };
-  int64_t groups = std::max<int64_t>(1, std::min(useful, steps.B)), members = members_of(groups);
+  int64_t groups = std::max<int64_t>(1, std::min(useful, steps.B));
+  if (!may_share) return {static_cast<int>(groups), 1};
+  int64_t members = members_of(groups);
   if (steps.B <= 2 * useful && kernels.packed_bytes(H) >= kLargeFactor) {
     const int64_t fewer = (steps.B + kRowsPerGroup - 1) / kRowsPerGroup;
     if (fewer < groups && members_of(fewer) > 1) groups = fewer, members = members_of(fewer);
@@ -106,7 +115,8 @@ Division divide(const Kernels& kernels, const Steps& steps, int threads) {
 template <class Pack, class Walk>
 void run(const Kernels& kernels, const Steps& steps, int threads, Pack pack, Walk walk) {
   const int64_t panels = kernels.panels(steps.H);
-  const Division planned = divide(kernels, steps, threads);
+  const bool may_share = Clock::now().time_since_epoch().count() >= no_sharing_before.load(std::memory_order_relaxed);
+  const Division planned = divide(kernels, steps, threads, may_share);
   const size_t row_bytes = kernels.scratch_bytes(steps.H, planned.members > 1);
   const Buffer scratch = allocate(steps.B * row_bytes);
   std::vector<Member::Flag> flags(2 * planned.threads());  // of the team, and of its groups
@@ -116,17 +126,20 @@ void run(const Kernels& kernels, const Steps& steps, int threads, Pack pack, Wal
     pack(panels * me / size, panels * (me + 1) / size);
     Member(&flags[planned.threads()], me, size).meet(false);
 
-    const Division division = size == planned.threads() ? planned : divide(kernels, steps, size);
+    const Division division = size == planned.threads() ? planned : divide(kernels, steps, size, may_share);
     if (me >= division.threads()) return;
     const int group = me / division.members, member = me % division.members;
     const int64_t b0 = bound(steps, group, division.groups), b1 = bound(steps, group + 1, division.groups);
-    const Part part{
+    Part part{
         b0,
         b1,
         panels * member / division.members,
         panels * (member + 1) / division.members,
         {&flags[group * division.members], member, division.members}};
     walk(part, static_cast<char*>(scratch.get()) + b0 * row_bytes);
+    if (part.member.is_dissolved()) {
+      no_sharing_before = (Clock::now() + kPauseOfSharing * part.member.waited()).time_since_epoch().count();
+    }
   });
 }
 
@@ -138,7 +151,7 @@ void recurrence(const Forward& job, const Weights& w, Dtype dtype, Nonlinearity 
   const Factor factor{w.data, w.column_stride, w.row_stride, job.steps.H};  // h_{t-1} W': summed over W's columns
   run(
       kernels, job.steps, threads, [&](int64_t p0, int64_t p1) { kernels.pack(factor, p0, p1, packed.get()); },
-      [&](const Part& part, void* scratch) { kernels.forward[nonlinearity](job, packed.get(), part, scratch); });
+      [&](Part& part, void* scratch) { kernels.forward[nonlinearity](job, packed.get(), part, scratch); });
 }
 
 void recurrence_backward(Backward job, const Weights& w, Dtype dtype, Nonlinearity nonlinearity, int threads) {
@@ -151,7 +164,7 @@ void recurrence_backward(Backward job, const Weights& w, Dtype dtype, Nonlineari
       [&](int64_t p0, int64_t p1) {
         if (!kernels.pack(factor, p0, p1, packed.get())) finite = false;
       },
-      [&](const Part& part, void* scratch) {
+      [&](Part& part, void* scratch) {
         Backward mine = job;
         mine.finite_weights = finite;
         kernels.backward[nonlinearity](mine, packed.get(), part, scratch);
