@@ -25,6 +25,9 @@ class RNNFunction(torch.autograd.Function):
 
     A backward that may be differentiated itself (``create_graph=True``, and any under ``torch.func``) runs the same
     kernel, as a node of its own: :class:`RNNBackwardFunction`. From there gradients come back into this very node.
+
+    With ``z_is_free`` as a last argument h takes the memory of z, which nobody may read any more; a node that has saved z
+    for its own backward says so there.
     """
 
     @staticmethod
@@ -39,10 +42,15 @@ class RNNFunction(torch.autograd.Function):
         nonlinearity: str,
         clip: float,
         backend: str,
+        z_is_free: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        h, h_n = _forward(z, h0, w_hh, batch_sizes, reverse, nonlinearity, backend)
+        if z_is_free:
+            h = z.detach()  # h_n could not stand beside a z that is marked as changed where that is a view
+            ops.recurrence_(backend, h, h0, w_hh, batch_sizes, reverse, nonlinearity)
+        else:
+            h = ops.recurrence(backend, z, h0, w_hh, batch_sizes, reverse, nonlinearity)
         _save(ctx, h, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)
-        return h, h_n
+        return h, reference.last_states(h, h0, batch_sizes, reverse)
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_hn: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -57,7 +65,7 @@ class RNNFunction(torch.autograd.Function):
         else:
             delta, grad_h0, stats = _backward(backend, with_stats, *chain)
         grad_w_hh = _grad_w_hh(delta, h, h0, batch_sizes, reverse) if _is_wanted(ctx, 2) else None
-        return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None
+        return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None, None
 
 
 class TransformableRNNFunction(torch.autograd.Function):
@@ -78,7 +86,8 @@ class TransformableRNNFunction(torch.autograd.Function):
         clip: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return _forward(z, h0, w_hh, batch_sizes, reverse, nonlinearity, backend)
+        h = ops.recurrence(backend, z, h0, w_hh, batch_sizes, reverse, nonlinearity)
+        return h, reference.last_states(h, h0, batch_sizes, reverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -151,19 +160,6 @@ def _reference_chain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, Tensor]], tu
     return chain, tuple(x for x in tensors if x is not None)
 
 
-def _forward(
-    z: Tensor,
-    h0: Tensor,
-    w_hh: Tensor,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    nonlinearity: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    h = ops.recurrence(backend, z, h0, w_hh, batch_sizes, reverse, nonlinearity)
-    return h, reference.last_states(h, h0, batch_sizes, reverse)
-
-
 def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if with_stats:
         return ops.recurrence_backward_stats(backend, *chain)
@@ -216,7 +212,8 @@ def recurrence(
     clip: float = INF,
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h like ``z`` and h_n (B, H), differentiable. Without gradients ``z`` is consumed: h takes its memory."""
+    """h like ``z`` and h_n (B, H), differentiable. ``z`` is consumed, unless it is a leaf whose gradient is asked for: h
+    takes its memory."""
     if z.is_complex():  # the chain's formulas are those of real numbers; autograd knows the others
         if clip != INF:
             raise RuntimeError(f"clip must be inf for complex numbers, which have no order, got {clip}")
@@ -233,8 +230,10 @@ def recurrence(
     if not (transformed or wants_gradient(z, h0, w_hh, tap)):
         ops.recurrence_(backend, z, h0, w_hh, batch_sizes, reverse, nonlinearity)
         return z, reference.last_states(z, h0, batch_sizes, reverse)
-    function = TransformableRNNFunction if transformed else RNNFunction
-    return function.apply(z, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)
+    arguments = (z, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)
+    if transformed:
+        return TransformableRNNFunction.apply(*arguments)
+    return RNNFunction.apply(*arguments, not (torch.compiler.is_compiling() or z.is_leaf and z.requires_grad))
 
 
 def is_transformed() -> bool:
