@@ -24,6 +24,16 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
       "recurrence_backward_stats(Tensor grad_h, Tensor? grad_hn, Tensor h, Tensor h0, Tensor w_hh, "
       "Tensor? batch_sizes, bool reverse, str nonlinearity, float clip) -> (Tensor, Tensor, Tensor)");
 
+  // Both directions of a layer at once, side by side in z and h, (T, B, 2H) or (N, 2H); those named _reverse walk from the
+  // last step. stats (2, 4, T, B), or (0) without. On the CPU alone.
+  m.def(
+      "bidirectional_(Tensor(a!) z, Tensor h0, Tensor h0_reverse, Tensor w_hh, Tensor w_hh_reverse, "
+      "Tensor? batch_sizes, str nonlinearity) -> ()");
+  m.def(
+      "bidirectional_backward(Tensor grad_h, Tensor? grad_hn, Tensor? grad_hn_reverse, Tensor h, Tensor h0, "
+      "Tensor h0_reverse, Tensor w_hh, Tensor w_hh_reverse, Tensor? batch_sizes, str nonlinearity, float clip, "
+      "bool with_stats) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // The instruction set that the CPU kernels use here, and all that this build and this machine could use.
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");

@@ -76,6 +76,34 @@ def recurrence_backward_stats(
     )
 
 
+def bidirectional_(
+    z: Tensor,  # (T, B, 2H), or (N, 2H) with batch_sizes: the directions side by side
+    h0: tuple[Tensor, Tensor],  # (B, H) each
+    w_hh: tuple[Tensor, Tensor],  # (H, H) each
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+) -> None:
+    """Both directions of a layer at once, on the CPU: h in z's place, its second half walked from the last step."""
+    torch.ops.rnnkern.bidirectional_(z, *h0, *w_hh, batch_sizes, nonlinearity)
+
+
+def bidirectional_backward(
+    grad_h: Tensor,  # like h
+    grad_hn: tuple[Tensor | None, Tensor | None],  # (B, H) each
+    h: Tensor,
+    h0: tuple[Tensor, Tensor],
+    w_hh: tuple[Tensor, Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    clip: float,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """delta like h, grad_h0 (B, H) of each direction, and stats (2, 4, T, B), or (0) without."""
+    return torch.ops.rnnkern.bidirectional_backward(
+        grad_h, *grad_hn, h, *h0, *w_hh, batch_sizes, nonlinearity, clip, with_stats
+    )
+
+
 def _fake_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
     contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
     return torch.empty_like(z, memory_format=torch.contiguous_format)

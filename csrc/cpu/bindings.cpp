@@ -43,14 +43,22 @@ AnyRows rows_of(const Walkable& walkable) {
   return {walkable.memory.data_ptr(), walkable.time_stride, walkable.row_stride};
 }
 
-void launch(
-    const Tensor& z, const Tensor& h0, const Tensor& w_hh, const Sequence& sequence, bool reverse,
-    const std::string& nonlinearity, const Tensor& h) {
-  const Walkable z_rows = walkable(z), h0_rows = walkable(h0);
-  const Forward job{steps_of(sequence, reverse), rows_of(z_rows), rows_of(h0_rows), rows_of(as_it_lies(h))};
-  recurrence(
-      job, {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}, dtype_of(z), nonlinearity_of(nonlinearity),
-      static_cast<int>(torch::stable::get_num_threads()));
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+Weights weights_of(const Tensor& w_hh) { return {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}; }
+
+// One direction of a layer's rows (.., 2H), which lie side by side.
+Tensor half(const Tensor& both, int direction) {
+  const int64_t last = both.dim() - 1, H = both.size(last) / 2;
+  Tensor rows = both;
+  return torch::stable::narrow(rows, last, direction * H, H);
+}
+
+void check_halves(const char* name, const Tensor& both) {
+  const int64_t last = both.dim() - 1;
+  STD_TORCH_CHECK(
+      last >= 1 && both.size(last) % 2 == 0, name, " must have the two directions side by side, (.., 2H), got ",
+      words(shape(both)));
 }
 
 Tensor recurrence_op(
@@ -58,67 +66,129 @@ Tensor recurrence_op(
     std::string nonlinearity) {
   const Sequence sequence = check_recurrence("z", z, h0, w_hh, batch_sizes, nonlinearity);
   const Tensor h = new_like(z);
-  launch(z, h0, w_hh, sequence, reverse, nonlinearity, h);
+  const Walkable z_rows = walkable(z), h0_rows = walkable(h0);
+  const Forward job{steps_of(sequence, reverse), rows_of(z_rows), rows_of(h0_rows), rows_of(as_it_lies(h))};
+  recurrence({{job, weights_of(w_hh)}}, dtype_of(z), nonlinearity_of(nonlinearity), threads());
   return h;
+}
+
+// z, as a whole or one half of it for each direction, becomes h.
+void launch_in_place(
+    const Tensor& z, const std::vector<Tensor>& h0, const std::vector<Tensor>& w_hh,
+    const std::optional<Tensor>& batch_sizes, bool reverse, const std::string& nonlinearity) {
+  const bool both = h0.size() == 2;
+  std::vector<Sequence> sequences;
+  for (size_t i = 0; i < h0.size(); ++i) {
+    sequences.push_back(check_recurrence("z", both ? half(z, i) : z, h0[i], w_hh[i], batch_sizes, nonlinearity));
+  }
+  STD_TORCH_CHECK(
+      !overlaps_itself(z), "z must have an address of its own for every element to be written, got an expanded tensor");
+  const Tensor h = walkable(z).memory;
+  std::vector<Walkable> h0_rows;
+  std::vector<Chain<Forward>> chains;
+  for (size_t i = 0; i < h0.size(); ++i) {
+    h0_rows.push_back(walkable(h0[i]));
+    const AnyRows rows = rows_of(as_it_lies(both ? half(h, i) : h));
+    chains.push_back(
+        {{steps_of(sequences[i], reverse || i == 1), rows, rows_of(h0_rows[i]), rows}, weights_of(w_hh[i])});
+  }
+  recurrence(chains, dtype_of(z), nonlinearity_of(nonlinearity), threads());
+  Tensor out = z;
+  if (h.data_ptr() != z.data_ptr()) torch::stable::copy_(out, h);
 }
 
 void recurrence_in_place_op(
     Tensor z, const Tensor& h0, const Tensor& w_hh, std::optional<Tensor> batch_sizes, bool reverse,
     std::string nonlinearity) {
-  const Sequence sequence = check_recurrence("z", z, h0, w_hh, batch_sizes, nonlinearity);
-  STD_TORCH_CHECK(
-      !overlaps_itself(z), "z must have an address of its own for every element to be written, got an expanded tensor");
-  const Tensor h = walkable(z).memory;
-  launch(h, h0, w_hh, sequence, reverse, nonlinearity, h);
-  if (h.data_ptr() != z.data_ptr()) torch::stable::copy_(z, h);
+  launch_in_place(z, {h0}, {w_hh}, batch_sizes, reverse, nonlinearity);
 }
 
-std::tuple<Tensor, Tensor> launch_backward(
-    const Tensor& grad_h, const std::optional<Tensor>& grad_hn, const Tensor& h, const Tensor& h0, const Tensor& w_hh,
-    const std::optional<Tensor>& batch_sizes, bool reverse, const std::string& nonlinearity, double clip,
-    Tensor* stats) {
-  const Sequence sequence = check_recurrence_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, nonlinearity, clip);
-  const Tensor delta = new_like(h), grad_h0 = new_like(h0);
-  if (stats) {
-    const Shape shape{4, sequence.T, sequence.B};
-    *stats = torch::stable::new_zeros(h, shape, torch::headeronly::ScalarType::Double);
+void bidirectional_in_place_op(
+    Tensor z, const Tensor& h0, const Tensor& h0_reverse, const Tensor& w_hh, const Tensor& w_hh_reverse,
+    std::optional<Tensor> batch_sizes, std::string nonlinearity) {
+  check_halves("z", z);
+  launch_in_place(z, {h0, h0_reverse}, {w_hh, w_hh_reverse}, batch_sizes, false, nonlinearity);
+}
+
+// What the backward of one or two chains returns.
+struct Gradients {
+  Tensor delta;
+  std::vector<Tensor> grad_h0;
+  std::optional<Tensor> stats;  // (4, T, B), or (2, 4, T, B) of two
+};
+
+Gradients launch_backward(
+    const Tensor& grad_h, const std::vector<std::optional<Tensor>>& grad_hn, const Tensor& h,
+    const std::vector<Tensor>& h0, const std::vector<Tensor>& w_hh, const std::optional<Tensor>& batch_sizes,
+    bool reverse, const std::string& nonlinearity, double clip, bool with_stats) {
+  const bool both = h0.size() == 2;
+  std::vector<Sequence> sequences;
+  for (size_t i = 0; i < h0.size(); ++i) {
+    sequences.push_back(check_recurrence_backward(
+        both ? half(grad_h, i) : grad_h, grad_hn[i], both ? half(h, i) : h, h0[i], w_hh[i], batch_sizes, nonlinearity,
+        clip));
   }
-  const Walkable grad_h_rows = walkable(grad_h), h_rows = walkable(h);
-  const Walkable grad_hn_rows = grad_hn ? walkable(*grad_hn) : as_it_lies(grad_h0);
-  const Backward job{
-      steps_of(sequence, reverse),
-      rows_of(grad_h_rows),
-      grad_hn ? rows_of(grad_hn_rows) : AnyRows{nullptr, 0, 0},
-      rows_of(h_rows),
-      rows_of(as_it_lies(delta)),
-      rows_of(as_it_lies(grad_h0)),
-      clip,
-      stats ? static_cast<double*>(stats->data_ptr()) : nullptr,
-      true};
-  recurrence_backward(
-      job, {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}, dtype_of(h), nonlinearity_of(nonlinearity),
-      static_cast<int>(torch::stable::get_num_threads()));
-  if (sequence.T == 0) {  // no step to carry the gradient through
-    Tensor out = grad_h0;
-    if (grad_hn) torch::stable::copy_(out, *grad_hn);
-    else torch::stable::zero_(out);
+  const int64_t T = sequences[0].T, B = sequences[0].B;
+  Gradients out{new_like(h), {}, std::nullopt};
+  double* stats = nullptr;
+  if (with_stats) {
+    const Shape shape = both ? Shape{2, 4, T, B} : Shape{4, T, B};
+    out.stats = torch::stable::new_zeros(h, shape, torch::headeronly::ScalarType::Double);
+    stats = static_cast<double*>(out.stats->data_ptr());
   }
-  return {delta, grad_h0};
+  std::vector<Walkable> kept;  // what the chains point into
+  const auto keep = [&](Walkable rows) { return rows_of(kept.emplace_back(std::move(rows))); };
+  std::vector<Chain<Backward>> chains;
+  for (size_t i = 0; i < h0.size(); ++i) {
+    out.grad_h0.push_back(new_like(h0[i]));
+    const Backward job{
+        steps_of(sequences[i], reverse || i == 1),
+        keep(walkable(both ? half(grad_h, i) : grad_h)),
+        grad_hn[i] ? keep(walkable(*grad_hn[i])) : AnyRows{nullptr, 0, 0},
+        keep(walkable(both ? half(h, i) : h)),
+        rows_of(as_it_lies(both ? half(out.delta, i) : out.delta)),
+        rows_of(as_it_lies(out.grad_h0[i])),
+        clip,
+        stats ? stats + i * 4 * T * B : nullptr,
+        true};
+    chains.push_back({job, weights_of(w_hh[i])});
+  }
+  recurrence_backward(chains, dtype_of(h), nonlinearity_of(nonlinearity), threads());
+  for (size_t i = 0; T == 0 && i < h0.size(); ++i) {  // no step to carry the gradient through
+    if (grad_hn[i]) torch::stable::copy_(out.grad_h0[i], *grad_hn[i]);
+    else torch::stable::zero_(out.grad_h0[i]);
+  }
+  return out;
 }
 
 std::tuple<Tensor, Tensor> recurrence_backward_op(
     const Tensor& grad_h, std::optional<Tensor> grad_hn, const Tensor& h, const Tensor& h0, const Tensor& w_hh,
     std::optional<Tensor> batch_sizes, bool reverse, std::string nonlinearity, double clip) {
-  return launch_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip, nullptr);
+  const Gradients out =
+      launch_backward(grad_h, {grad_hn}, h, {h0}, {w_hh}, batch_sizes, reverse, nonlinearity, clip, false);
+  return {out.delta, out.grad_h0[0]};
 }
 
 std::tuple<Tensor, Tensor, Tensor> recurrence_backward_stats_op(
     const Tensor& grad_h, std::optional<Tensor> grad_hn, const Tensor& h, const Tensor& h0, const Tensor& w_hh,
     std::optional<Tensor> batch_sizes, bool reverse, std::string nonlinearity, double clip) {
-  Tensor stats;
-  auto [delta, grad_h0] =
-      launch_backward(grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip, &stats);
-  return {delta, grad_h0, stats};
+  const Gradients out =
+      launch_backward(grad_h, {grad_hn}, h, {h0}, {w_hh}, batch_sizes, reverse, nonlinearity, clip, true);
+  return {out.delta, out.grad_h0[0], *out.stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
+    const Tensor& grad_h, std::optional<Tensor> grad_hn, std::optional<Tensor> grad_hn_reverse, const Tensor& h,
+    const Tensor& h0, const Tensor& h0_reverse, const Tensor& w_hh, const Tensor& w_hh_reverse,
+    std::optional<Tensor> batch_sizes, std::string nonlinearity, double clip, bool with_stats) {
+  check_halves("h", h);
+  check_shape("grad_h", grad_h, shape(h));
+  const Gradients out = launch_backward(
+      grad_h, {grad_hn, grad_hn_reverse}, h, {h0, h0_reverse}, {w_hh, w_hh_reverse}, batch_sizes, false, nonlinearity,
+      clip, with_stats);
+  const Tensor stats =
+      with_stats ? *out.stats : torch::stable::new_empty(h, Shape{0}, torch::headeronly::ScalarType::Double);
+  return {out.delta, out.grad_h0[0], out.grad_h0[1], stats};
 }
 
 std::string isa() { return instruction_set().name; }
@@ -139,6 +209,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("recurrence_", TORCH_BOX(&rnnkern::cpu::recurrence_in_place_op));
   m.impl("recurrence_backward", TORCH_BOX(&rnnkern::cpu::recurrence_backward_op));
   m.impl("recurrence_backward_stats", TORCH_BOX(&rnnkern::cpu::recurrence_backward_stats_op));
+  m.impl("bidirectional_", TORCH_BOX(&rnnkern::cpu::bidirectional_in_place_op));
+  m.impl("bidirectional_backward", TORCH_BOX(&rnnkern::cpu::bidirectional_backward_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, CompositeExplicitAutograd, m) {

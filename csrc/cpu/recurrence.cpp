@@ -111,63 +111,99 @@ Division divide(const Kernels& kernels, const Steps& steps, int threads, bool ma
   return {static_cast<int>(groups), static_cast<int>(std::max<int64_t>(1, members))};
 }
 
-// pack(p0, p1) over all panels, then walk(part, scratch) over all samples and panels, by one team.
+// Several chains of the same size side by side, each by a part of the team, or one after the other by all of it.
+struct Plan {
+  Division of_chain;
+  bool side_by_side;
+  int threads;
+};
+
+// Side by side where that keeps more threads busy, or as many without meetings.
+Plan plan(const Kernels& kernels, const Steps& steps, int chains, int threads, bool may_share) {
+  const Division alone = divide(kernels, steps, threads, may_share);
+  if (chains > 1 && threads >= chains) {
+    const Division beside = divide(kernels, steps, threads / chains, may_share);
+    const int used = chains * beside.threads();
+    if (used > alone.threads() || (used == alone.threads() && beside.members < alone.members)) {
+      return {beside, true, used};
+    }
+  }
+  return {alone, false, alone.threads()};
+}
+
+// pack(chain, p0, p1) over all panels, then walk(chain, part, scratch) over all samples and panels, by one team.
 template <class Pack, class Walk>
-void run(const Kernels& kernels, const Steps& steps, int threads, Pack pack, Walk walk) {
+void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pack pack, Walk walk) {
   const int64_t panels = kernels.panels(steps.H);
   const bool may_share = Clock::now().time_since_epoch().count() >= no_sharing_before.load(std::memory_order_relaxed);
-  const Division planned = divide(kernels, steps, threads, may_share);
-  const size_t row_bytes = kernels.scratch_bytes(steps.H, planned.members > 1);
-  const Buffer scratch = allocate(steps.B * row_bytes);
-  std::vector<Member::Flag> flags(2 * planned.threads());  // of the team, and of its groups
+  const Plan planned = plan(kernels, steps, chains, threads, may_share);
+  const size_t row_bytes = kernels.scratch_bytes(steps.H, planned.of_chain.members > 1);
+  const Buffer scratch = allocate(chains * steps.B * row_bytes);
+  std::vector<Member::Flag> flags((chains + 1) * planned.threads);  // of the groups of each chain, and of the team
 
-  run_team(planned.threads(), [&](int me, int size) {
+  run_team(planned.threads, [&](int me, int size) {
     const FlushSubnormals flush;
-    pack(panels * me / size, panels * (me + 1) / size);
-    Member(&flags[planned.threads()], me, size).meet(false);
+    for (int chain = 0; chain < chains; ++chain) pack(chain, panels * me / size, panels * (me + 1) / size);
+    Member(&flags[chains * planned.threads], me, size).meet(false);
 
-    const Division division = size == planned.threads() ? planned : divide(kernels, steps, size, may_share);
-    if (me >= division.threads()) return;
-    const int group = me / division.members, member = me % division.members;
+    // A team that comes out smaller, as one thread inside another parallel region, shares no rows.
+    const auto [division, side_by_side, used] =
+        size == planned.threads ? planned : plan(kernels, steps, chains, size, false);
+    if (me >= used) return;
+    const int first = side_by_side ? me / division.threads() : 0, last = side_by_side ? first : chains - 1;
+    const int group = me % division.threads() / division.members, member = me % division.members;
     const int64_t b0 = bound(steps, group, division.groups), b1 = bound(steps, group + 1, division.groups);
-    Part part{
-        b0,
-        b1,
-        panels * member / division.members,
-        panels * (member + 1) / division.members,
-        {&flags[group * division.members], member, division.members}};
-    walk(part, static_cast<char*>(scratch.get()) + b0 * row_bytes);
-    if (part.member.is_dissolved()) {
-      no_sharing_before = (Clock::now() + kPauseOfSharing * part.member.waited()).time_since_epoch().count();
+    for (int chain = first; chain <= last; ++chain) {
+      Part part{
+          b0,
+          b1,
+          panels * member / division.members,
+          panels * (member + 1) / division.members,
+          {&flags[chain * planned.threads + group * division.members], member, division.members}};
+      walk(chain, part, static_cast<char*>(scratch.get()) + (chain * steps.B + b0) * row_bytes);
+      if (part.member.is_dissolved()) {
+        no_sharing_before = (Clock::now() + kPauseOfSharing * part.member.waited()).time_since_epoch().count();
+      }
     }
   });
 }
 
 }  // namespace
 
-void recurrence(const Forward& job, const Weights& w, Dtype dtype, Nonlinearity nonlinearity, int threads) {
+void recurrence(const std::vector<Chain<Forward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
   const Kernels& kernels = instruction_set().kernels[dtype];
-  const Buffer packed = allocate(kernels.packed_bytes(job.steps.H));
-  const Factor factor{w.data, w.column_stride, w.row_stride, job.steps.H};  // h_{t-1} W': summed over W's columns
+  const Steps& steps = chains.front().job.steps;
+  std::vector<Buffer> packed;
+  for (size_t i = 0; i < chains.size(); ++i) packed.push_back(allocate(kernels.packed_bytes(steps.H)));
   run(
-      kernels, job.steps, threads, [&](int64_t p0, int64_t p1) { kernels.pack(factor, p0, p1, packed.get()); },
-      [&](Part& part, void* scratch) { kernels.forward[nonlinearity](job, packed.get(), part, scratch); });
+      kernels, steps, static_cast<int>(chains.size()), threads,
+      [&](int i, int64_t p0, int64_t p1) {
+        const Weights& w = chains[i].w_hh;  // h_{t-1} W': summed over W's columns
+        kernels.pack({w.data, w.column_stride, w.row_stride, steps.H}, p0, p1, packed[i].get());
+      },
+      [&](int i, Part& part, void* scratch) {
+        kernels.forward[nonlinearity](chains[i].job, packed[i].get(), part, scratch);
+      });
 }
 
-void recurrence_backward(Backward job, const Weights& w, Dtype dtype, Nonlinearity nonlinearity, int threads) {
+void recurrence_backward(
+    const std::vector<Chain<Backward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
   const Kernels& kernels = instruction_set().kernels[dtype];
-  const Buffer packed = allocate(kernels.packed_bytes(job.steps.H));
-  const Factor factor{w.data, w.row_stride, w.column_stride, job.steps.H};  // delta W: summed over W's rows
-  std::atomic<bool> finite{true};
+  const Steps& steps = chains.front().job.steps;
+  std::vector<Buffer> packed;
+  for (size_t i = 0; i < chains.size(); ++i) packed.push_back(allocate(kernels.packed_bytes(steps.H)));
+  std::vector<std::atomic<bool>> infinite(chains.size());
   run(
-      kernels, job.steps, threads,
-      [&](int64_t p0, int64_t p1) {
-        if (!kernels.pack(factor, p0, p1, packed.get())) finite = false;
+      kernels, steps, static_cast<int>(chains.size()), threads,
+      [&](int i, int64_t p0, int64_t p1) {
+        const Weights& w = chains[i].w_hh;  // delta W: summed over W's rows
+        if (!kernels.pack({w.data, w.row_stride, w.column_stride, steps.H}, p0, p1, packed[i].get()))
+          infinite[i] = true;
       },
-      [&](Part& part, void* scratch) {
-        Backward mine = job;
-        mine.finite_weights = finite;
-        kernels.backward[nonlinearity](mine, packed.get(), part, scratch);
+      [&](int i, Part& part, void* scratch) {
+        Backward job = chains[i].job;
+        job.finite_weights = !infinite[i];
+        kernels.backward[nonlinearity](job, packed[i].get(), part, scratch);
       });
 }
 

@@ -1,6 +1,8 @@
 // The drivers: pack the factor, divide the rows among a thread team, walk the chains.
 #pragma once
 
+#include <vector>
+
 #include "cpu/kernel.h"
 
 namespace rnnkern::cpu {
@@ -11,10 +13,17 @@ struct Weights {
   int64_t row_stride, column_stride;
 };
 
-// `threads` is the most that may run; they never wait for each other but once, after packing.
-void recurrence(const Forward&, const Weights& w_hh, Dtype, Nonlinearity, int threads);
-// `finite_weights` of the job is set here.
-void recurrence_backward(Backward, const Weights& w_hh, Dtype, Nonlinearity, int threads);
+template <class Job>
+struct Chain {
+  Job job;
+  Weights w_hh;
+};
+
+// Chains of the same steps, which may be walked either way, side by side: the directions of a layer. `threads` is the most
+// that may run.
+void recurrence(const std::vector<Chain<Forward>>&, Dtype, Nonlinearity, int threads);
+// `finite_weights` of the jobs is set here.
+void recurrence_backward(const std::vector<Chain<Backward>>&, Dtype, Nonlinearity, int threads);
 
 // The instruction set in use: the best that the machine has, or the one that RNNKERN_CPU_ISA names.
 // Throws std::runtime_error where that is unknown or not supported.
