@@ -17,9 +17,10 @@ from torch import Tensor
 #: the dtypes, and how oneDNN, which has PyTorch's fast products of them, is asked whether it serves them here
 HALVES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
-#: Elements of the float32 copies of one chunk of rows: 1 MiB. On an EPYC (Zen 3, two cores with 512 KiB of second cache
-#: each) 1 to 4 MiB were equally fast at H = 64 to 1024, 256 KiB up to twice as slow (2026-11). To tune it again, time
-#: linear() and weight_gradient() for (N, I, H) = (16384, 256, 256) and (256, 1024, 1024) on other values.
+#: Elements of the float32 copies of one chunk of rows: 1 MiB. On an EPYC (Zen 3, 512 KiB of second cache a core), one
+#: thread, bfloat16, it was the fastest of 256 KiB to 16 MiB for H = 64 and 256, or within 5 %, and 4 MiB took up to 3
+#: times as long (2026-11). At H = 1024 all are alike. To tune it again, time linear() and weight_gradient() for
+#: (N, I, H) = (16384, 64, 64) and (8192, 256, 256) on other values.
 CHUNK = 1 << 18
 
 #: Below, PyTorch's loops are faster: widening W takes as long as they do, or the calls take longer than the product.

@@ -96,6 +96,23 @@ def test_weight_gradient(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
     assert_rounded_once(products.weight_gradient((delta, x), (delta, x)), 2 * true, 2 * len(flat))
 
 
+class Made(TorchDispatchMode):
+    """The most elements of a float32 result, and the dtypes of GEMMs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.gemms: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.elements = max(self.elements, result.numel())
+        if func._opname in ("mm", "addmm", "addmm_"):
+            self.gemms.add(result.dtype)
+        return result
+
+
 def _leaves(*tensors: Tensor | None) -> list[Tensor]:
     return [v.detach().requires_grad_() for v in tensors if v is not None]
 
@@ -151,6 +168,26 @@ def test_double_backward(dtype: torch.dtype) -> None:
 
     ours, plains = second(projection.linear, dtype), second(F.linear, dtype)
     for name, *values in zip(("x", "w", "upstream"), ours, plains, second(F.linear, torch.float64)):
+        assert_as_good(name, *values)
+
+
+def test_double_backward_of_a_module(calls: Counter[tuple[int, ...]], cpu_library: None) -> None:
+    """A backward that may be differentiated is PyTorch's own: autograd would keep the float32 copies of ours."""
+    rounded = rnnkern.RNN(I, H).bfloat16()
+
+    def second(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        module = rnnkern.RNN(I, H, dtype=dtype)
+        module.load_state_dict(rounded.state_dict())
+        x = drawn(0, 6, 4, I).bfloat16().to(dtype).requires_grad_()
+        given = [x, *module.parameters()]
+        first = torch.autograd.grad(module(x)[0].square().sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), given)
+
+    ours = second(torch.bfloat16)
+    assert calls == {(6, 4, H): 1, (6, 4, I): 1, (H, I): 1, (H, H): 1}  # of the forward, and of the last backward
+    for name, *values in zip(
+        ("x", "w_ih", "w_hh", "b_ih"), ours, plainly(second, torch.bfloat16), second(torch.float64)
+    ):
         assert_as_good(name, *values)
 
 
@@ -210,18 +247,6 @@ def test_only_what_is_asked_for(calls: Counter[tuple[int, ...]]) -> None:
     assert calls == {(6, 4, I): 1}
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of a float32 result."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype == torch.float32:
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
 def test_memory(batch_first: bool, monkeypatch: pytest.MonkeyPatch, cpu_library: None) -> None:
     """Nothing in float32 is as large as a sequence, and nothing in float32 is kept."""
@@ -230,10 +255,11 @@ def test_memory(batch_first: bool, monkeypatch: pytest.MonkeyPatch, cpu_library:
     module = rnnkern.RNN(H, H, bidirectional=True, batch_first=batch_first).bfloat16()
     x = torch.randn((B, T, H) if batch_first else (T, B, H)).bfloat16().requires_grad_()
     kept: list[torch.dtype] = []
-    with Largest() as largest, saved_tensors_hooks(lambda v: kept.append(v.dtype) or v, lambda v: v):  # type: ignore[func-returns-value]
+    with Made() as made, saved_tensors_hooks(lambda v: kept.append(v.dtype) or v, lambda v: v):  # type: ignore[func-returns-value]
         module(x)[0].sum().backward()
-    assert 0 < largest.elements <= products.CHUNK // 2
+    assert 0 < made.elements <= products.CHUNK // 2
     assert kept and torch.float32 not in kept
+    assert made.gemms == {torch.float32}
 
 
 @both_halves
@@ -245,8 +271,10 @@ def test_autocast(dtype: torch.dtype, calls: Counter[tuple[int, ...]]) -> None:
     expected = projection.linear(*halves)
     with torch.autocast("cpu", dtype):
         assert F.linear(*given).dtype == dtype
-        z = projection.linear(*given, autocast=dtype)
-        grads = torch.autograd.grad(z, given, upstream)
+        with Made() as made:
+            z = projection.linear(*given, autocast=dtype)
+            grads = torch.autograd.grad(z, given, upstream)
+    assert made.gemms == {torch.float32}
     assert calls.total() == 4 and torch.equal(z, expected) and z.dtype == dtype
     for grad, half in zip(grads, torch.autograd.grad(expected, halves, upstream)):
         assert grad.dtype == torch.float32 and torch.equal(grad, half.float())
