@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rnnkern import backends, contract, ops, reference
+from rnnkern import backends, contract, ops, products, reference
 
 INF = float("inf")
 
@@ -59,12 +59,12 @@ class RNNFunction(torch.autograd.Function):
         if grad_h is None:
             grad_h = h.new_zeros(()).expand_as(h)
         chain = (grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
-        with_stats = ctx.tapped and _is_wanted(ctx, 3)
+        with_stats = ctx.tapped and is_wanted(ctx, 3)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             delta, grad_h0, stats = RNNBackwardFunction.apply(*chain, backend, with_stats)
         else:
             delta, grad_h0, stats = _backward(backend, with_stats, *chain)
-        grad_w_hh = _grad_w_hh(delta, h, h0, batch_sizes, reverse) if _is_wanted(ctx, 2) else None
+        grad_w_hh = grad_w_hh_of(delta, h, h0, batch_sizes, reverse) if is_wanted(ctx, 2) else None
         return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None, None
 
 
@@ -166,7 +166,7 @@ def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tens
     return *ops.recurrence_backward(backend, *chain), None
 
 
-def _is_wanted(ctx: Any, index: int) -> bool:
+def is_wanted(ctx: Any, index: int) -> bool:
     """Whether this backward pass has a use for the gradient of an input: ``needs_input_grad`` knows only whether some
     pass may have one, and ``autograd.grad(loss, x)`` has none for those of the weights."""
     if not ctx.needs_input_grad[index] or torch.compiler.is_compiling() or is_transformed():
@@ -187,18 +187,24 @@ def _save(
     ctx.set_materialize_grads(False)
 
 
-def _grad_w_hh(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
+def grad_w_hh_of(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
     """Σ_t δ_tᵀ h_{t-1}: one product over all steps, with no copy of h where the sequence is dense."""
+    widens = delta.dtype in products.HALVES and is_eager() and not torch.is_grad_enabled()
+    widens = widens and products.widens(delta.dtype, delta, h.shape[-1])
     if batch_sizes is not None:
-        return delta.T @ reference.previous_states(h, h0, batch_sizes, reverse)
+        previous = reference.previous_states(h, h0, batch_sizes, reverse)
+        return products.weight_gradient((delta, previous)) if widens else delta.T @ previous
     if h.shape[0] == 0:
         return delta.new_zeros(h.shape[-1], h.shape[-1])
     B = h0.shape[0]
     N = h.shape[0] * B
     delta, h = delta.flatten(0, 1), h.flatten(0, 1)
+    first, later, earlier = slice(B), slice(B, None), slice(N - B)
     if reverse:
-        return torch.addmm(delta[N - B :].T @ h0, delta[: N - B].T, h[B:])
-    return torch.addmm(delta[:B].T @ h0, delta[B:].T, h[: N - B])
+        first, later, earlier = slice(N - B, None), slice(N - B), slice(B, None)
+    if widens:
+        return products.weight_gradient((delta[first], h0), (delta[later], h[earlier]))
+    return torch.addmm(delta[first].T @ h0, delta[later].T, h[earlier])
 
 
 def recurrence(
@@ -241,6 +247,11 @@ def is_transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_eager() -> bool:
+    """Whether eager autograd is all that is at work: no compiler, no forward-mode AD, no torch.func transform."""
+    return not (torch.compiler.is_compiling() or is_transformed())
 
 
 def wants_gradient(*inputs: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnkern import backends, loop
+from rnnkern import backends, loop, projection
 from rnnkern.autograd import INF, is_transformed, recurrence, wants_gradient
 
 #: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
@@ -75,10 +75,10 @@ def rnn(
             f"h0 must have shape (layers*directions, B, H) with one entry for each of the {len(weights)} weights, "
             f"got {list(h0.shape)}"
         )
-    if autocast_enabled(input.device):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        h0 = h0.to(dtype)
-        weights = [(w_ih, w_hh.to(dtype), b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh in weights]
+    autocast = torch.get_autocast_dtype(input.device.type) if autocast_enabled(input.device) else None
+    if autocast is not None:
+        h0 = h0.to(autocast)
+        weights = [(w_ih, w_hh.to(autocast), b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh in weights]
     states: list[Tensor] = []
     final_states = []
     layers = len(weights) // directions
@@ -87,7 +87,7 @@ def rnn(
         for direction in range(directions):
             index = layer * directions + direction
             w_ih, w_hh, b_ih, b_hh = weights[index]
-            z, state = F.linear(input, w_ih, _sum(b_ih, b_hh)), h0[index]
+            z, state = projection.linear(input, w_ih, _sum(b_ih, b_hh), autocast), h0[index]
             if layer_norm == "input":
                 z = F.layer_norm(z, z.shape[-1:], *norms[index]).to(z.dtype)  # autocast normalises in float32
             # A tap requires grad: alone it would make the output of a frozen net require grad too.

@@ -1,0 +1,103 @@
+"""Products over all rows of a sequence in bfloat16 and float16, where the processor has no instructions for them.
+
+There PyTorch multiplies in plain loops, up to 50 times slower than in float32. Here the rows are widened to float32,
+some at a time, multiplied and summed in float32, and rounded once. Each product is in place or has an ``out=``, which
+autocast leaves alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+#: the dtypes, and how oneDNN, which has PyTorch's fast products of them, is asked whether it serves them here
+HALVES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+#: Elements of the float32 copies of one chunk of rows: 1 MiB. On an EPYC (Zen 3, 512 KiB of second cache a core), one
+#: thread, bfloat16, it was the fastest of 256 KiB to 16 MiB for H = 64 and 256, or within 5 %, and 4 MiB took up to 3
+#: times as long (2026-11). At H = 1024 all are alike. To tune it again, time linear() and weight_gradient() for
+#: (N, I, H) = (16384, 64, 64) and (8192, 256, 256) on other values.
+CHUNK = 1 << 18
+
+#: Below, PyTorch's loops are faster: widening W takes as long as they do, or the calls take longer than the product.
+#: Same machine; the break-even lies at 10 to 60 rows for H = 256 and 1024, and at about 64 for H = 64.
+LEAST_ROWS, LEAST_WORK = 16, 1 << 18  # N, and N·I·H
+
+
+def widens(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
+    """Whether the products in ``dtype`` of rows, (N, I) or (T, B, I), with ``width`` numbers for each are for this
+    module."""
+    return (
+        dtype in HALVES
+        and is_plain(rows)
+        and is_slow(dtype)
+        and rows.numel() * width >= LEAST_WORK
+        and math.prod(rows.shape[:-1]) >= LEAST_ROWS
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """On the CPU, and of no class that may have a dispatch of its own."""
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products of bfloat16 or float16 on the CPU are plain loops: oneDNN does not serve the dtype on
+    this processor, is switched off, or was not built in."""
+    return not (torch.backends.mkldnn.enabled and _is_served(dtype))
+
+
+@functools.cache
+def _is_served(dtype: torch.dtype) -> bool:
+    supported = getattr(torch.ops.mkldnn, HALVES[dtype], None)
+    return supported is not None and supported()
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x (N, I) or (T, B, I), w (H, I) and b (H), in the dtype of x. Not differentiable."""
+    H = w.shape[0]
+    z = x.new_empty(*x.shape[:-1], H)
+    w_t, bias = w.float().T, None if b is None else b.float()
+    for part, into in _chunks(x, z):
+        rows = _widened(part)
+        product = rows.new_empty(rows.shape[0], H)
+        if bias is None:
+            torch.mm(rows, w_t, out=product)
+        else:
+            torch.addmm(bias, rows, w_t, out=product)
+        into.copy_(product.view(into.shape))
+    return z
+
+
+def weight_gradient(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of δᵀ x (H, I) over pairs of δ (N, H) or (T, B, H) and x of as many rows. Not differentiable."""
+    delta, x = pairs[0]
+    total = torch.zeros(delta.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
+    for pair in pairs:
+        for delta, x in _chunks(*pair):
+            total.addmm_(_widened(delta).T, _widened(x))
+    return total.to(x.dtype)
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of a and b (T, B, ·) or (N, ·): whole steps where some fit in, else parts of one. The float32 copies of a
+    piece take CHUNK elements, or as many as a float32 (H, I) where that is larger."""
+    widths = a.shape[-1], b.shape[-1]
+    rows = max(1, max(CHUNK, widths[0] * widths[1]) // max(1, sum(widths)))
+    if math.prod(a.shape[:-1]) <= rows:
+        yield a, b
+        return
+    if a.dim() == 2:
+        a, b = a[None], b[None]
+    steps = max(1, rows // a.shape[1])
+    for a_steps, b_steps in zip(a.split(steps), b.split(steps)):
+        yield from zip(a_steps.split(rows, 1), b_steps.split(rows, 1))
+
+
+def _widened(part: Tensor) -> Tensor:
+    """The rows of a piece, (n, ·)."""
+    return part.flatten(0, -2).float()
