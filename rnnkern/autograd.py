@@ -26,8 +26,8 @@ class RNNFunction(torch.autograd.Function):
     A backward that may be differentiated itself (``create_graph=True``, and any under ``torch.func``) runs the same
     kernel, as a node of its own: :class:`RNNBackwardFunction`. From there gradients come back into this very node.
 
-    With ``z_is_free`` as a last argument h takes the memory of z, which nobody may read any more; a node that has saved z
-    for its own backward says so there.
+    With ``z_is_free`` as a last argument h takes the memory of z, which nobody may read any more; a node that has saved
+    z for its own backward says so there.
     """
 
     @staticmethod
@@ -218,8 +218,8 @@ def recurrence(
     clip: float = INF,
     tap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h like ``z`` and h_n (B, H), differentiable. ``z`` is consumed, unless it is a leaf whose gradient is asked for: h
-    takes its memory."""
+    """h like ``z`` and h_n (B, H), differentiable. ``z`` is consumed, unless it is a leaf whose gradient is asked for:
+    h takes its memory."""
     if z.is_complex():  # the chain's formulas are those of real numbers; autograd knows the others
         if clip != INF:
             raise RuntimeError(f"clip must be inf for complex numbers, which have no order, got {clip}")
@@ -239,7 +239,8 @@ def recurrence(
     arguments = (z, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)
     if transformed:
         return TransformableRNNFunction.apply(*arguments)
-    return RNNFunction.apply(*arguments, not (torch.compiler.is_compiling() or z.is_leaf and z.requires_grad))
+    z_is_free = not (torch.compiler.is_compiling() or (z.is_leaf and z.requires_grad))
+    return RNNFunction.apply(*arguments, z_is_free)
 
 
 def is_transformed() -> bool:

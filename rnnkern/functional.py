@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnkern import backends, loop, projection
+from rnnkern import backends, both_directions, loop, projection
 from rnnkern.autograd import INF, is_transformed, recurrence, wants_gradient
 
 #: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
@@ -80,35 +81,40 @@ def rnn(
         h0 = h0.to(autocast)
         weights = [(w_ih, w_hh.to(autocast), b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh in weights]
     states: list[Tensor] = []
-    final_states = []
+    final_states: list[Tensor] = []
     layers = len(weights) // directions
+    masked = recurrent_dropout > 0 and training
+    options: dict[str, Any] = dict(batch_sizes=batch_sizes, nonlinearity=nonlinearity, clip=clip)
+
+    def one_direction(layer: int, direction: int, input: Tensor) -> tuple[Tensor, Tensor]:
+        index = layer * directions + direction
+        w_ih, w_hh, b_ih, b_hh = weights[index]
+        z, state = projection.linear(input, w_ih, _sum(b_ih, b_hh), autocast), h0[index]
+        if layer_norm == "input":
+            z = F.layer_norm(z, z.shape[-1:], *norms[index]).to(z.dtype)  # autocast normalises in float32
+        # A tap requires grad: alone it would make the output of a frozen net require grad too.
+        tapped = taps is not None and (z.requires_grad or state.requires_grad or w_hh.requires_grad)
+        tap = taps(layer, direction) if taps is not None and tapped else None
+        if masked or layer_norm == "preactivation":
+            mask = F.dropout(torch.ones_like(state), recurrent_dropout) if masked else None
+            norm = norms[index] if layer_norm == "preactivation" else None
+            return loop.recurrence(z, state, w_hh, mask=mask, norm=norm, reverse=direction == 1, tap=tap, **options)
+        return recurrence(z, state, w_hh, reverse=direction == 1, tap=tap, **options)
+
+    plain = not masked and layer_norm is None
+    at_once = bidirectional and plain and both_directions.serves(input, h0, batch_sizes)
     for layer in range(layers):
-        outputs = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            w_ih, w_hh, b_ih, b_hh = weights[index]
-            z, state = projection.linear(input, w_ih, _sum(b_ih, b_hh), autocast), h0[index]
-            if layer_norm == "input":
-                z = F.layer_norm(z, z.shape[-1:], *norms[index]).to(z.dtype)  # autocast normalises in float32
-            # A tap requires grad: alone it would make the output of a frozen net require grad too.
-            tapped = taps is not None and (z.requires_grad or state.requires_grad or w_hh.requires_grad)
-            options: dict[str, Any] = dict(
-                batch_sizes=batch_sizes,
-                reverse=direction == 1,
-                nonlinearity=nonlinearity,
-                clip=clip,
-                tap=taps(layer, direction) if taps is not None and tapped else None,
-            )
-            masked = recurrent_dropout > 0 and training
-            if masked or layer_norm == "preactivation":
-                mask = F.dropout(torch.ones_like(state), recurrent_dropout) if masked else None
-                norm = norms[index] if layer_norm == "preactivation" else None
-                h, h_n = loop.recurrence(z, state, w_hh, mask=mask, norm=norm, **options)
-            else:
-                h, h_n = recurrence(z, state, w_hh, **options)
-            outputs.append(h)
-            final_states.append(h_n)
-        joined = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+        if at_once:
+            w_ih, w_hh, b_ih, b_hh = zip(*weights[2 * layer : 2 * layer + 2])
+            biases = _sum(b_ih[0], b_hh[0]), _sum(b_ih[1], b_hh[1])
+            tap = None if taps is None else functools.partial(taps, layer)
+            pairs = (h0[2 * layer], h0[2 * layer + 1]), w_ih, w_hh, biases
+            joined, *h_n = both_directions.layer(input, *pairs, autocast=autocast, taps=tap, **options)
+        else:
+            both = [one_direction(layer, direction, input) for direction in range(directions)]
+            joined = both[0][0] if directions == 1 else torch.cat([h for h, _ in both], -1)
+            h_n = [last for _, last in both]
+        final_states += h_n
         if with_states:
             states.append(joined)
         input = joined + input if residual and layer > 0 else joined

@@ -164,6 +164,25 @@ def _vmap_rule(operator: Any, rows: int) -> Callable[..., Any]:
     return rule
 
 
+def _fake_bidirectional_(z, h0, h0_reverse, w_hh, w_hh_reverse, batch_sizes, nonlinearity):  # type: ignore[no-untyped-def]
+    for half, state, w in zip(z.chunk(2, -1), (h0, h0_reverse), (w_hh, w_hh_reverse)):
+        contract.check_recurrence(half, state, w, batch_sizes, False, nonlinearity)
+
+
+def _fake_bidirectional_backward(  # type: ignore[no-untyped-def]
+    grad_h, grad_hn, grad_hn_reverse, h, h0, h0_reverse, w_hh, w_hh_reverse, batch_sizes, nonlinearity, clip, with_stats
+):
+    _fake_bidirectional_(h, h0, h0_reverse, w_hh, w_hh_reverse, batch_sizes, nonlinearity)
+    steps = h.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    stats = (2, 4, steps, h0.shape[0]) if with_stats else (0,)
+    gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h, h0, h0_reverse))
+    return *gradients, h.new_empty(stats, dtype=torch.float64)
+
+
+if extension.unavailable() is None:
+    torch.library.register_fake("rnnkern::bidirectional_")(_fake_bidirectional_)
+    torch.library.register_fake("rnnkern::bidirectional_backward")(_fake_bidirectional_backward)
+
 #: Of the operators that the C++ library registers, and of those that backends/triton.py registers.
 for _prefix in ["triton_", *([""] if extension.unavailable() is None else [])]:
     for _name, _fake, _rows in (
