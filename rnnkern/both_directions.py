@@ -6,7 +6,7 @@ them, and one product serves both on the way in and on the way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ from rnnkern.autograd import RNNBackwardFunction, grad_w_hh_of, is_eager, is_wan
 Pair = tuple[Tensor, Tensor]  # of the forward direction, and of the reverse one
 
 
-def serves(input: Tensor, h0: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether :func:`layer` computes layers from these states: that takes the CPU kernels, and eager autograd. A single
-    step is no chain, and goes its own way."""
-    if not (h0.is_cpu and is_eager()) or (batch_sizes is None and input.shape[0] == 1):
+def serves(input: Tensor, h0: Pair, weights: Sequence[tuple[Tensor | None, ...]], batch_sizes: Tensor | None) -> bool:
+    """Whether :func:`layer` computes this layer: that takes the CPU kernels, and eager autograd. A single step is no
+    chain, and goes its own way; so do directions of which one has gradients that nobody asks for."""
+    if not (h0[0].is_cpu and is_eager()) or (batch_sizes is None and input.shape[0] == 1):
         return False
-    return backends.select(h0) is backends.BACKENDS["cpu"]
+    if torch.is_grad_enabled() and any(
+        x.requires_grad != y.requires_grad for x, y in zip(*weights) if x is not None and y is not None
+    ):
+        return False
+    return backends.select(h0[0]) is backends.BACKENDS["cpu"]
 
 
 def layer(
@@ -45,7 +49,8 @@ def layer(
     ``autocast`` is the dtype of autocast where that is on.
     """
     biases = None if b[0] is None or b[1] is None else torch.cat([b[0], b[1]])
-    z = projection.linear(input, torch.cat(w_ih), biases, autocast)
+    # F.linear takes other products for rows with gaps, and which ones depends on whether gradients are wanted.
+    z = projection.linear(input.contiguous(), torch.cat(w_ih), biases, autocast)
     if not wants_gradient(z, *h0, *w_hh):
         ops.bidirectional_(z, h0, w_hh, batch_sizes, nonlinearity)
         return z, *_last_states(z, h0, batch_sizes)

@@ -102,14 +102,16 @@ def rnn(
         return recurrence(z, state, w_hh, reverse=direction == 1, tap=tap, **options)
 
     plain = not masked and layer_norm is None
-    at_once = bidirectional and plain and both_directions.serves(input, h0, batch_sizes)
     for layer in range(layers):
-        if at_once:
-            w_ih, w_hh, b_ih, b_hh = zip(*weights[2 * layer : 2 * layer + 2])
+        first, end = layer * directions, (layer + 1) * directions
+        pair = h0[first], h0[end - 1]
+        if bidirectional and plain and both_directions.serves(input, pair, weights[first:end], batch_sizes):
+            w_ih, w_hh, b_ih, b_hh = zip(*weights[first:end])
             biases = _sum(b_ih[0], b_hh[0]), _sum(b_ih[1], b_hh[1])
             tap = None if taps is None else functools.partial(taps, layer)
-            pairs = (h0[2 * layer], h0[2 * layer + 1]), w_ih, w_hh, biases
-            joined, *h_n = both_directions.layer(input, *pairs, autocast=autocast, taps=tap, **options)
+            joined, *h_n = both_directions.layer(
+                input, pair, w_ih, w_hh, biases, autocast=autocast, taps=tap, **options
+            )
         else:
             both = [one_direction(layer, direction, input) for direction in range(directions)]
             joined = both[0][0] if directions == 1 else torch.cat([h for h, _ in both], -1)
