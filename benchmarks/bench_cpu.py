@@ -5,6 +5,8 @@ train    forward, and backward from a given gradient at every step to x and all 
 last     the same with a loss on the last step alone
 watched  train, with rnnkern.watch() recording every step, against train without
 T=1 ...  infer with short sequences, B = 1, as in streaming: mostly what a call costs in Python
+both     train, with both directions
+deep     train, two layers with both directions, against twice a single one of the same input size: what a layer costs
 product  the recurrence operator's product against one GEMM over all steps: the share of the machine's GEMM rate
 """
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from interleave import compare
 
+import rnnkern
 from rnnkern.bench.cells import Cell
 from rnnkern.bench.engine import prepared_and_compared
 from rnnkern.bench.grids import OURS, OURS_T
@@ -73,6 +76,39 @@ def test_short(benchmark, record_cell, steps):
     with calls((OUR_PEER, cell), ("nn.RNN", cell)) as (ours, theirs):
         seconds = compare(benchmark, repeated(ours), {"nn.RNN": repeated(theirs)})
     record_cell(f"T={steps}", "fp32", 1, 64, steps * times, seconds)
+
+
+def training(cls: type[torch.nn.Module], B: int, H: int, I: int, layers: int = 1) -> Callable[[], None]:
+    """A training step of an RNN with both directions."""
+    module = cls(I, H, layers, bidirectional=True)
+    x, grad = torch.randn(OURS_T, B, I, requires_grad=True), torch.randn(OURS_T, B, 2 * H)
+
+    def step() -> None:
+        module.zero_grad()
+        x.grad = None
+        module(x)[0].backward(grad)
+
+    return step
+
+
+DIRECTIONS = [(1, 64), (1, 256), (16, 64), (16, 256), (64, 128), (64, 256)]
+
+
+@pytest.mark.parametrize(("B", "H"), DIRECTIONS)
+def test_both(benchmark, record_cell, B, H):
+    ours, theirs = (training(cls, B, H, H) for cls in (rnnkern.RNN, torch.nn.RNN))
+    record_cell("both", "fp32", B, H, OURS_T, compare(benchmark, ours, {"nn.RNN": theirs}))
+
+
+@pytest.mark.parametrize(("B", "H"), DIRECTIONS)
+def test_deep(benchmark, record_cell, B, H):
+    two_layers, one_layer = (training(rnnkern.RNN, B, H, 2 * H, layers) for layers in (2, 1))
+
+    def twice() -> None:
+        one_layer()
+        one_layer()
+
+    record_cell("deep", "fp32", B, H, OURS_T, compare(benchmark, two_layers, {"twice one": twice}))
 
 
 @pytest.mark.parametrize(("B", "H"), OURS)

@@ -104,7 +104,7 @@ def test_more_members_than_processors(built: Path) -> None:
     """Five threads share rows, whatever the machine has: they wait for each other, and finish."""
     done = subprocess.run(
         [sys.executable, "-c", FIVE, __file__],
-        env=os.environ | {"LD_PRELOAD": " ".join([str(built / "processors.so"), os.environ.get("LD_PRELOAD", "")])},
+        env=os.environ | {"LD_PRELOAD": " ".join([os.environ.get("LD_PRELOAD", ""), str(built / "processors.so")])},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
