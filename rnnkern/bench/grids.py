@@ -40,10 +40,11 @@ def _quick(device: str) -> Iterator[Cell]:
 def _ours(device: str) -> Iterator[Cell]:
     for (B, H), mode in product(OURS, ("infer", "train", "last", "watch", "record")):
         yield Cell(mode, OURS_T, B, H)
-    for (B, H), mode in product(OURS, ("infer", "train")):
-        yield Cell(mode, OURS_T, B, H, dtype="bf16")
-    if device == "cuda":
-        for dtype, (B, H), mode in product(("tf32", "fp16"), OURS, ("infer", "train")):
+
+
+def _halves(device: str) -> Iterator[Cell]:
+    for dtype in ("bf16", "tf32", "fp16") if device == "cuda" else ("bf16",):
+        for (B, H), mode in product(OURS, ("infer", "train")):
             yield Cell(mode, OURS_T, B, H, dtype=dtype)
 
 
@@ -124,7 +125,8 @@ _LONG = ("torch.compile", "cell loop")
 
 GRIDS: dict[str, Grid] = {
     "quick": Grid("three sizes, every mode and peer: what `make bench` runs", _quick, 2.5, 170),
-    "ours": Grid("the project's own sizes, every mode, fp32 and bf16", _ours, 2.0, 600, ("torch.compile",)),
+    "ours": Grid("the project's own sizes, every mode, fp32", _ours, 2.0, 600, ("torch.compile",)),
+    "halves": Grid("the project's own sizes in bf16, and on a GPU in tf32 and fp16", _halves, 2.0, 600, _LONG),
     "watching": Grid("what recording adds at B = 64, H = 256, in many rounds", _watching, 60.0, 240, _LONG[:1], 150),
     "scaling": Grid("time and memory against T, B, H, threads, chunks, layers", _scaling, 3.0, 420, (*_LONG, "GEMM")),
     "flashrnn": Grid("FlashRNN's published grid", _flashrnn, 20.0, 3600, _LONG),
