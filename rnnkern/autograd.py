@@ -239,7 +239,7 @@ def recurrence(
     arguments = (z, h0, w_hh, tap, batch_sizes, reverse, nonlinearity, clip, backend)
     if transformed:
         return TransformableRNNFunction.apply(*arguments)
-    z_is_free = not (torch.compiler.is_compiling() or (z.is_leaf and z.requires_grad))
+    z_is_free = not (torch.compiler.is_compiling() or is_observed() or (z.is_leaf and z.requires_grad))
     return RNNFunction.apply(*arguments, z_is_free)
 
 
@@ -253,6 +253,12 @@ def is_transformed() -> bool:
 def is_eager() -> bool:
     """Whether eager autograd is all that is at work: no compiler, no forward-mode AD, no torch.func transform."""
     return not (torch.compiler.is_compiling() or is_transformed())
+
+
+def is_observed() -> bool:
+    """Whether a TorchDispatchMode looks at the operators: one for selective checkpointing may keep what they return, so
+    each chain is then an operator that returns its states."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def wants_gradient(*inputs: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import backends, ops, projection, reference
-from rnnkern.autograd import RNNBackwardFunction, grad_w_hh_of, is_eager, is_wanted, wants_gradient
+from rnnkern.autograd import RNNBackwardFunction, grad_w_hh_of, is_eager, is_observed, is_wanted, wants_gradient
 
 Pair = tuple[Tensor, Tensor]  # of the forward direction, and of the reverse one
 
@@ -21,7 +21,7 @@ Pair = tuple[Tensor, Tensor]  # of the forward direction, and of the reverse one
 def serves(input: Tensor, h0: Pair, weights: Sequence[tuple[Tensor | None, ...]], batch_sizes: Tensor | None) -> bool:
     """Whether :func:`layer` computes this layer: that takes the CPU kernels, and eager autograd. A single step is no
     chain, and goes its own way; so do directions of which one has gradients that nobody asks for."""
-    if not (h0[0].is_cpu and is_eager()) or (batch_sizes is None and input.shape[0] == 1):
+    if not (h0[0].is_cpu and is_eager()) or is_observed() or (batch_sizes is None and input.shape[0] == 1):
         return False
     if torch.is_grad_enabled() and any(
         x.requires_grad != y.requires_grad for x, y in zip(*weights) if x is not None and y is not None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from helpers import DTYPES, answers, drawn, make_problem, pack, same_bits, threads
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkern
 from rnnkern import both_directions, ops
@@ -153,3 +154,16 @@ def test_output_that_was_written_to_is_noticed() -> None:
     output.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_modes_see_each_chain_as_an_operator_that_returns_its_states() -> None:
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        rnnkern.RNN(3, 4, bidirectional=True)(torch.randn(5, 2, 3))
+    assert seen.names.count("recurrence") == 2
