@@ -34,7 +34,7 @@ def run_tests(isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "generic"])
 def test_every_instruction_set(isa: str) -> None:
     if isa not in torch.ops.rnnkern.cpu_isas():
         pytest.skip(f"this processor has no {isa}")

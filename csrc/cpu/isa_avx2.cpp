@@ -17,6 +17,7 @@
 #define RNNKERN_INLINE inline __attribute__((always_inline))
 // Width of the vectors that have intrinsics. (GCC 12 defines no __AVX__ and the like after that pragma.)
 #define RNNKERN_INTRINSICS 256
+#define RNNKERN_BFLOAT16_PRODUCTS 0
 
 namespace rnnkern::cpu {
 namespace avx2 {
@@ -36,7 +37,10 @@ static bool supported() {
 
 }  // namespace avx2
 
-extern const InstructionSet kAvx2 = {"avx2", avx2::supported, avx2::kKernels};
+extern const InstructionSet kAvx2 = {
+    "avx2",
+    avx2::supported,
+    {&avx2::kKernels<float>, &avx2::kKernels<double>, &avx2::kKernels<avx2::BFloat16>, &avx2::kKernels<avx2::Float16>}};
 
 }  // namespace rnnkern::cpu
 #endif

@@ -17,6 +17,7 @@
 #define RNNKERN_INLINE inline __attribute__((always_inline))
 // Width of the vectors that have intrinsics. (GCC 12 defines no __AVX__ and the like after that pragma.)
 #define RNNKERN_INTRINSICS 512
+#define RNNKERN_BFLOAT16_PRODUCTS 0
 
 namespace rnnkern::cpu {
 namespace avx512 {
@@ -37,7 +38,11 @@ static bool supported() {
 
 }  // namespace avx512
 
-extern const InstructionSet kAvx512 = {"avx512", avx512::supported, avx512::kKernels};
+extern const InstructionSet kAvx512 = {
+    "avx512",
+    avx512::supported,
+    {&avx512::kKernels<float>, &avx512::kKernels<double>, &avx512::kKernels<avx512::BFloat16>,
+     &avx512::kKernels<avx512::Float16>}};
 
 }  // namespace rnnkern::cpu
 #endif

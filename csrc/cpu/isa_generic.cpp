@@ -10,6 +10,7 @@
 
 #define RNNKERN_INLINE inline __attribute__((always_inline))
 #define RNNKERN_INTRINSICS 0  // of no vectors
+#define RNNKERN_BFLOAT16_PRODUCTS 0
 
 namespace rnnkern::cpu {
 namespace generic {
@@ -27,6 +28,10 @@ static bool supported() { return true; }
 
 }  // namespace generic
 
-extern const InstructionSet kGeneric = {"generic", generic::supported, generic::kKernels};
+extern const InstructionSet kGeneric = {
+    "generic",
+    generic::supported,
+    {&generic::kKernels<float>, &generic::kKernels<double>, &generic::kKernels<generic::BFloat16>,
+     &generic::kKernels<generic::Float16>}};
 
 }  // namespace rnnkern::cpu

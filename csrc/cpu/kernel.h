@@ -104,7 +104,7 @@ constexpr size_t kAlignment = 64;  // of packed and scratch
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  const Kernels* kernels;  // [kDtypes]
+  const Kernels* kernels[kDtypes];  // null: those of the next set are as good
 };
 
 // One per isa_*.cpp.
@@ -112,6 +112,8 @@ extern const InstructionSet kGeneric;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
+extern const InstructionSet kAvx512Bf16;
+extern const InstructionSet kAmx;
 #endif
 
 }  // namespace rnnkern::cpu

@@ -19,7 +19,7 @@ namespace rnnkern::cpu {
 
 const InstructionSet* const kInstructionSets[] = {
 #if defined(__x86_64__)
-    &kAvx512, &kAvx2,
+    &kAmx,     &kAvx512Bf16, &kAvx512, &kAvx2,
 #endif
     &kGeneric, nullptr};
 
@@ -43,6 +43,14 @@ const InstructionSet& instruction_set() {
 }
 
 namespace {
+
+// A set whose kernels do not serve the dtype has what the sets after it have.
+const Kernels& kernels_of(Dtype dtype) {
+  auto set = kInstructionSets;
+  while (*set != &instruction_set()) ++set;
+  while (!(*set)->kernels[dtype]) ++set;
+  return *(*set)->kernels[dtype];
+}
 
 struct Free {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
@@ -171,7 +179,7 @@ void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pa
 }  // namespace
 
 void recurrence(const std::vector<Chain<Forward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
-  const Kernels& kernels = instruction_set().kernels[dtype];
+  const Kernels& kernels = kernels_of(dtype);
   const Steps& steps = chains.front().job.steps;
   std::vector<Buffer> packed;
   for (size_t i = 0; i < chains.size(); ++i) packed.push_back(allocate(kernels.packed_bytes(steps.H)));
@@ -188,7 +196,7 @@ void recurrence(const std::vector<Chain<Forward>>& chains, Dtype dtype, Nonlinea
 
 void recurrence_backward(
     const std::vector<Chain<Backward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
-  const Kernels& kernels = instruction_set().kernels[dtype];
+  const Kernels& kernels = kernels_of(dtype);
   const Steps& steps = chains.front().job.steps;
   std::vector<Buffer> packed;
   for (size_t i = 0; i < chains.size(); ++i) packed.push_back(allocate(kernels.packed_bytes(steps.H)));

@@ -1,0 +1,65 @@
+// csrc/cpu/isa_amx.cpp over the twin of its instructions, as the only set of the driver, for tests/test_cpu_host.py.
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <limits>
+#include <new>
+#include <type_traits>
+
+#include "cpu/recurrence.h"
+
+#define RNNKERN_INLINE inline __attribute__((always_inline))
+#define RNNKERN_INTRINSICS 0
+#define RNNKERN_BFLOAT16_PRODUCTS 1
+
+namespace rnnkern::cpu {
+namespace host {
+
+constexpr int kVectorBytes = 16;  // every processor has such vectors
+constexpr int kMaxSums = 24;
+
+#include "cpu/simd.inc"
+#include "cpu/tanh.inc"
+#include "cell.h"
+#include "cpu/product.inc"
+#include "cpu/tiles.inc"
+#include "cpu/chain.inc"
+
+}  // namespace host
+
+static bool yes() { return true; }
+static bool no() { return false; }
+
+extern const InstructionSet kAmx = {"amx", yes, {nullptr, nullptr, &host::kKernels<host::BFloat16>, nullptr}};
+extern const InstructionSet kAvx512Bf16 = {"", no, {}}, kAvx512 = kAvx512Bf16, kAvx2 = kAvx512Bf16, kGeneric = kAvx512Bf16;
+
+}  // namespace rnnkern::cpu
+
+// All tensors are bfloat16 and contiguous, stats float64. Returns how many threads have kept tiles, or -1 where it failed.
+extern "C" int host_run(
+    int backward, int64_t T, int64_t B, int64_t H, const int64_t* batch_sizes, const int64_t* offsets, void* input,
+    void* states, void* output, void* initial, void* final_, double* stats, void* w_hh, int reverse, int relu,
+    double clip, int threads) try {
+  using namespace rnnkern::cpu;
+  const auto rows = [&](void* data) { return AnyRows{data, B * H, H}; };
+  const Steps steps{T, B, H, batch_sizes, offsets, reverse != 0};
+  const Weights w{w_hh, H, 1};
+  const Nonlinearity f = relu ? kRelu : kTanh;
+  if (backward) {
+    const Backward job{
+        steps, rows(input), rows(initial), rows(states), rows(output), rows(final_), clip, stats, true};
+    recurrence_backward({{job, w}}, kBFloat16, f, threads);
+  } else {
+    recurrence({{{steps, rows(input), rows(initial), rows(output)}, w}}, kBFloat16, f, threads);
+  }
+  return host::threads_with_tiles;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return -1;
+}
+
+extern "C" int host_tile_products() { return rnnkern::cpu::host::tile_products; }

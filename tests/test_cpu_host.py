@@ -1,0 +1,139 @@
+"""The CPU kernels' own source for bfloat16 products and tiles, where the processor has neither: compiled over a twin of
+csrc/cpu/bfloat16.inc.
+
+It finds wrong indices and shapes; it says nothing of speed, and nothing of how the instructions themselves round. Where
+the processor has them, tests/test_isa.py runs the real ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Answers, Problem, check, make_problem, same_bits
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+CXX = os.environ.get("CXX", "g++")
+Run = Callable[[Problem, int], Answers]
+
+
+@pytest.fixture(scope="session")
+def library(shared_path: Path) -> ctypes.CDLL:
+    folder = shared_path / "cpu_host"
+    folder.mkdir(exist_ok=True)
+    target = folder / "bfloat16.so"
+    with (folder / "lock").open("w") as lock:  # one process compiles, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_library(target)
+    return ctypes.CDLL(str(target))
+
+
+def compile_library(target: Path) -> None:
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-shared"]
+    includes = [f"-I{ROOT}/tests/cpu_host", f"-I{ROOT}/csrc"]
+    sources = [ROOT / "tests/cpu_host/bfloat16.cpp", ROOT / "csrc/cpu/recurrence.cpp"]
+    subprocess.run([CXX, *flags, *includes, *sources, "-o", target], check=True)
+
+
+@pytest.fixture
+def run(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The answers of the kernels on so many threads."""
+    monkeypatch.setenv("RNNKERN_CPU_ISA", "amx")  # the only one that the library has
+
+    def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+        assert tensor is None or tensor.is_contiguous()
+        return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+    def answers(p: Problem, threads: int) -> Answers:
+        assert p.z.dtype == torch.bfloat16
+        T, (B, H) = len(p.sizes), p.h0.shape
+        offsets = None if p.batch_sizes is None else p.batch_sizes.cumsum(0) - p.batch_sizes
+        out = Answers(
+            torch.full_like(p.z, 7), torch.full_like(p.z, 7), torch.full_like(p.h0, 7),
+            torch.zeros(4, T, B, dtype=torch.float64),
+        )  # fmt: skip
+
+        def call(backward: bool, *tensors: Tensor | None) -> None:
+            left = library.host_run(
+                int(backward), *map(ctypes.c_int64, (T, B, H)), *map(pointer, (p.batch_sizes, offsets)),
+                *map(pointer, tensors), pointer(p.w_hh), int(p.reverse), int(p.nonlinearity == "relu"),
+                ctypes.c_double(p.clip), threads,
+            )  # fmt: skip
+            assert left == 0, "threads have kept their tiles" if left > 0 else "failed"
+
+        call(False, p.z, None, out.h, p.h0, None, None)
+        call(True, p.grad_h, p.h, out.delta, p.grad_hn, out.grad_h0, out.stats)
+        return out
+
+    return answers
+
+
+#: Below four samples the products are on vectors. Above, a block has one tile of rows (up to 16) or two (up to 32), and
+#: one panel of 32 columns or two.
+SIZES = [
+    {"T": 5, "B": 1, "H": 1},
+    {"T": 5, "B": 2, "H": 33},
+    {"T": 5, "B": 3, "H": 64},
+    {"T": 5, "B": 4, "H": 31},
+    {"T": 5, "B": 5, "H": 64},
+    {"T": 4, "B": 16, "H": 96},
+    {"T": 4, "B": 17, "H": 70},
+    {"T": 4, "B": 31, "H": 32},
+    {"T": 4, "B": 32, "H": 65},
+    {"T": 3, "B": 33, "H": 128},
+    {"T": 3, "B": 81, "H": 40},
+    {"lengths": [6, 6, 5, 3, 2, 2, 1], "H": 48},
+    {"lengths": [5] * 3 + [4] * 20 + [2] * 12 + [1] * 9, "H": 36},
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_against_truth(run: Run, size: dict) -> None:
+    for seed, (nonlinearity, clip, with_grad_hn) in enumerate((("tanh", float("inf"), True), ("relu", 0.5, False))):
+        for reverse in (False, True):
+            case = {"nonlinearity": nonlinearity, "clip": clip, "with_grad_hn": with_grad_hn, "reverse": reverse}
+            p = make_problem(**size, dtype=torch.bfloat16, seed=seed, **case)
+            others = [make_problem(**size, dtype=torch.bfloat16, seed=10 + i, **case) for i in range(3)]
+            ours = run(p, 1)
+            check(p, ours, others)
+            for t, n in enumerate(p.sizes):
+                assert not ours.stats[:, t, n:].any()
+
+
+@pytest.mark.parametrize("B", [2, 6, 20])
+def test_infinite_and_not_a_number(run: Run, B: int) -> None:
+    """They are where plain PyTorch has them: what fills up the operands stays 0."""
+    p = make_problem(4, B, 37, torch.bfloat16, nonlinearity="relu")
+    z = p.z.clone()
+    z[1, 0, 3], z[1, 1, 36] = float("inf"), float("nan")
+    p = p.replace(z=z, w_hh=p.w_hh.abs())  # no inf - inf
+    assert p.h[3, 0].isposinf().all() and p.h[3, 1].isnan().all()
+    check(p, run(p, 1))
+
+
+@pytest.mark.parametrize(("B", "are_used"), [(3, False), (4, True), (40, True)])
+def test_tiles_are_for_more_than_three_samples(library: ctypes.CDLL, run: Run, B: int, are_used: bool) -> None:
+    """On as many threads as there are samples, too: the whole batch decides."""
+    before = library.host_tile_products()
+    run(make_problem(3, B, 64, torch.bfloat16), B)
+    assert (library.host_tile_products() > before) == are_used
+
+
+@pytest.mark.parametrize(
+    "size", [{"T": 8, "B": 1, "H": 257}, {"T": 4, "B": 4, "H": 512}, {"T": 4, "B": 37, "H": 64}], ids=str
+)
+@pytest.mark.parametrize("gain", [1.0, 1e-8, 1e8])  # the squares of some steps leave the range of float32
+def test_any_number_of_threads_has_the_same_bits(run: Run, size: dict, gain: float) -> None:
+    p = make_problem(**size, dtype=torch.bfloat16, nonlinearity="relu", gain=gain, clip=1e30)
+    p = p.replace(z=p.z / 8)
+    one = run(p, 1)
+    for threads in (2, 5):
+        assert same_bits(one, run(p, threads))
