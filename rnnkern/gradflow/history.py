@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,8 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[int, Column] = {}  # by step
+        self._columns: dict[int, Column] = {}  # by step, rising
+        self._bytes = 0  # of their curves
         self.gap = 1
 
     def add(self, record: Record, outcome: Outcome | None = None) -> None:
@@ -52,12 +54,16 @@ class History:
             norms = dataclasses.replace(record[name], per_sample=False).rms_by_lag
             with np.errstate(divide="ignore"):
                 curves[name] = np.log10(norms).astype(np.float32)
-        is_newest = not self._columns or record.step >= max(self._columns)
-        self._columns[record.step] = Column(curves, outcome or Outcome(record.skipped))
-        if not is_newest:  # from a ring: older than what was read before
+        is_known, newest = record.step in self._columns, next(reversed(self._columns), record.step)
+        self._put(record.step, Column(curves, outcome or Outcome(record.skipped)))
+        if not is_known and record.step < newest:  # from a ring: older than what was read before
             self._columns = dict(sorted(self._columns.items()))
-        self._thin()
-        while len(self._columns) > 2 and self._is_full():
+            self._thin()
+        elif not is_known:  # the one that was the newest may have been there for that alone
+            before = list(islice(reversed(self._columns), 1, 3))
+            if len(before) == 2 and before[0] // self.gap == before[1] // self.gap:
+                self._drop(before[0])
+        while len(self._columns) > 2 and (len(self._columns) > MAX_COLUMNS or self._bytes > MAX_BYTES):
             self.gap *= 2
             self._thin()
 
@@ -98,19 +104,28 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become what the history was that gave this state."""
-        self.gap, self._columns = state["gap"], {}
+        self.gap, self._columns, self._bytes = state["gap"], {}, 0
         for step, column in state["columns"].items():
             curves = {name: curves.numpy() for name, curves in column["curves"].items()}
-            self._columns[step] = Column(curves, Outcome(column["skipped"]))
+            self._put(step, Column(curves, Outcome(column["skipped"])))
 
-    def _is_full(self) -> bool:
-        size = sum(curves.nbytes for column in self._columns.values() for curves in column.curves.values())
-        return len(self._columns) > MAX_COLUMNS or size > MAX_BYTES
+    def _put(self, step: int, column: Column) -> None:
+        if step in self._columns:
+            self._bytes -= _bytes(self._columns[step])
+        self._columns[step] = column
+        self._bytes += _bytes(column)
+
+    def _drop(self, step: int) -> None:
+        self._bytes -= _bytes(self._columns.pop(step))
 
     def _thin(self) -> None:
         newest = next(reversed(self._columns))
         taken = set()
         for step in list(self._columns):
             if step // self.gap in taken and step != newest:
-                del self._columns[step]
+                self._drop(step)
             taken.add(step // self.gap)
+
+
+def _bytes(column: Column) -> int:
+    return sum(curves.nbytes for curves in column.curves.values())
