@@ -6,7 +6,9 @@
 # make bench-scaling  time and memory against T, B, H, threads, with fitted exponents
 # make bench-compare  EARLIER=file.json: the same grid again, compared by ratios; fails where something became slower
 # make results    docs/results.md from the runs in benchmarks/results
-# make bench-cpu  rnnkern.RNN against torch.nn.RNN; the table goes to TABLE (build/bench-cpu.txt)
+# make bench-cpu  the grids ours and halves on the CPU: every size and mode, fp32 and bf16, all peers; twenty minutes
+# make bench-pytest  the same sizes in pytest-benchmark against torch.nn.RNN, and what only the kernels' authors ask: short
+#                 sequences, both directions, layers, the share of the GEMM rate; the table goes to TABLE (build/bench-cpu.txt)
 # make gpu-test   the tests of the GPU backends on the GPU that is here
 # make gpu-bench  rnnkern.RNN against torch.nn.RNN on it; the results go to RESULTS (build/bench-gpu.json)
 # make lint       ruff, mypy, clang-format: check only
@@ -32,8 +34,8 @@ CXX_FILES := $(sort $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 # Programs of .venv are found first, those beside PYTHON last (ninja, where PYTHON is in a venv of its own).
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo textbook test bench bench-scaling bench-compare results bench-cpu gpu gpu-test gpu-bench lint format asan \
-        ubsan clean distclean
+.PHONY: demo textbook test bench bench-scaling bench-compare bench-cpu results bench-pytest gpu gpu-test gpu-bench lint format \
+        asan ubsan clean distclean
 .NOTPARALLEL:
 
 demo: .venv/.stamp-demo $(LIBRARY) .venv/.stamp-install
@@ -53,10 +55,14 @@ bench-scaling: GRID = scaling
 bench-compare: .venv/.stamp-bench .venv/.stamp-peers $(LIBRARY) .venv/.stamp-install
 	$(RUN) -m rnnkern bench --compare $(EARLIER) --out build/bench $(ARGS)
 
+bench-cpu: .venv/.stamp-bench .venv/.stamp-peers $(LIBRARY) .venv/.stamp-install
+	$(RUN) -m rnnkern bench --device cpu --grid ours --out $(OUT_DIR) $(ARGS)
+	$(RUN) -m rnnkern bench --device cpu --grid halves --out $(OUT_DIR) $(ARGS)
+
 results: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
 	$(RUN) benchmarks/page.py
 
-bench-cpu: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
+bench-pytest: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
 	OMP_PROC_BIND=true $(RUN) -m pytest benchmarks/bench_cpu.py --benchmark-quiet --table $(TABLE) $(ARGS)
 
 gpu: .venv/.stamp-test .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install

@@ -44,7 +44,7 @@ def _ours(device: str) -> Iterator[Cell]:
 
 def _halves(device: str) -> Iterator[Cell]:
     for dtype in ("bf16", "tf32", "fp16") if device == "cuda" else ("bf16",):
-        for (B, H), mode in product(OURS, ("infer", "train")):
+        for (B, H), mode in product(OURS, ("infer", "train", "last", "record")):
             yield Cell(mode, OURS_T, B, H, dtype=dtype)
 
 
