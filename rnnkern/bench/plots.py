@@ -96,9 +96,11 @@ def _ratios(axes: Axes, mode: str, dtype: str, cells: dict[Cell, dict[str, Row]]
         hollow: dict[str, Any] = {"markerfacecolor": "none"} if peer.endswith(UNWATCHED) else {}
         axes.errorbar(places, middles, np.array(errors).T, linestyle="", markersize=6, label=peer, **look, **hollow)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(cells)), [size(c).partition(", ")[2] for c in cells], rotation=30, ha="right", fontsize=8)
+    lengths = {cell.T for cell in cells}
+    labels = [size(c) if len(lengths) > 1 else size(c).partition(", ")[2] for c in cells]
+    axes.set_xticks(range(len(cells)), labels, rotation=30, ha="right", fontsize=8)
     axes.set_xlim(-0.5, len(cells) - 0.5)
-    axes.set_xlabel(f"B, H (T = {', '.join(dict.fromkeys(str(cell.T) for cell in cells))})")
+    axes.set_xlabel("T, B, H" if len(lengths) > 1 else f"B, H (T = {lengths.pop()})")
     axes.set_ylabel("time, rnnkern's = 1")
     _plain_numbers(axes)
     axes.set_title(f"{mode}, {dtype}", loc="left")
@@ -149,7 +151,10 @@ def _plain_numbers(axes: Axes) -> None:
     if high / low > 30:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        digits = "25" if high / low > 10 else "123456789"  # more would lie on top of each other
+        axes.yaxis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else "")
+        )
         axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
