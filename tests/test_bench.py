@@ -219,6 +219,24 @@ def test_what_does_not_fit_is_said(grid: list[Cell], monkeypatch: pytest.MonkeyP
     }
 
 
+def test_a_peer_that_was_slow_is_not_called_where_no_time_is_left(
+    grid: list[Cell], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its best rate so far: a smaller cell is computed still, and so is what other peers do."""
+    grid += [Cell("infer", 8, 2, 8), Cell("infer", 8, 2, 16), Cell("infer", 2, 1, 1)]
+
+    def slow(calls: dict, *_: object) -> dict:
+        return {name: timing.Times([20.0 if name == "nn.RNN" else 1e-6], 1) for name in calls}
+
+    monkeypatch.setattr(engine, "interleaved", slow)
+    monkeypatch.setattr(engine._Session, "_left", lambda self: 50.0)
+    monkeypatch.setattr(engine, "_gemm_rate", lambda device: 1e12)
+    run = engine.run(Options(**{**vars(QUICK), "peers": ("nn.RNN", "GEMM")}))
+    (first, _), (second, other), (third, _) = (run["rows"][i : i + 2] for i in (0, 2, 4))
+    assert first["status"] != "skipped" and third["status"] != "skipped" and other["status"] != "skipped"
+    assert second["reason"] == "would take about 160 s, there are 50 s"
+
+
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
 def test_peak_of_memory() -> None:
     """Output, gradient of x, and delta, or what nn.RNN keeps: more than two of them and not many."""

@@ -67,6 +67,7 @@ class _Session:
         self.peers = [PEERS[name] for name in PEERS if name in names and name not in self.missing]
         self.cells = cells_of(options.grid, options.device, options.modes)
         self.rate = _gemm_rate(options.device)
+        self.fastest: dict[tuple[str, str, bool], float] = {}  # FLOP a second of a peer, by dtype and whether it infers
         self.subnormals = "kept" if _keeps_subnormals() else "flushed to zero"
 
     def run(self) -> Run:
@@ -148,10 +149,16 @@ class _Session:
     def _measure_time(self, cell: Cell, rows: dict[str, Row], tell: Callable[[str], None]) -> None:
         problems: dict[Cell, Problem] = {}
         works: dict[str, Work] = {}
+        names = self._names(cell)
         try:
-            for name, (peer, task) in self._names(cell).items():
+            for name, (peer, task) in names.items():
                 if self._left() <= 0:
                     rows[name].update(self._over())
+                    continue
+                expected = 2 * task.flop / self.fastest.get(_kind(peer, task), float("inf"))  # compared, and timed once
+                if expected > self._left():
+                    reason = f"would take about {expected:.0f} s, there are {self._left():.0f} s"
+                    rows[name].update(status="skipped", reason=reason)
                     continue
                 if task not in problems:
                     problems[task] = Problem(task, self.threads, self.options.device)
@@ -167,6 +174,8 @@ class _Session:
             calls = {name: work.call for name, work in works.items()}
             measured = interleaved(calls, self.cell_seconds, self.options.device, self.grid.most_rounds)
             for name, times in measured.items():
+                kind, rate = _kind(*names[name]), names[name][1].flop / min(times.seconds)
+                self.fastest[kind] = max(self.fastest.get(kind, 0.0), rate)
                 rows[name].update(
                     status="timed" if times.complete else "one call",
                     seconds=[float(f"{s:.4g}") for s in times.seconds],
@@ -224,6 +233,10 @@ def prepared_and_compared(peer: Peer, problem: Problem, row: Row) -> Work | None
     row.update(status="wrong", reason=f"relative error {error:.1e}, {problem.cell.dtype} explains {tolerance:.0e}")
     work.close()
     return None
+
+
+def _kind(peer: Peer, task: Cell) -> tuple[str, str, bool]:
+    return peer.name, task.dtype, task.mode == "infer"
 
 
 def _takes_part(peer: Peer, cell: Cell) -> bool:
