@@ -37,7 +37,7 @@ def library(shared_path: Path) -> ctypes.CDLL:
 
 
 def compile_library(target: Path) -> None:
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-shared"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-shared", *os.environ.get("CXXFLAGS", "").split()]
     includes = [f"-I{ROOT}/tests/cpu_host", f"-I{ROOT}/csrc"]
     sources = [ROOT / "tests/cpu_host/bfloat16.cpp", ROOT / "csrc/cpu/recurrence.cpp"]
     subprocess.run([CXX, *flags, *includes, *sources, "-o", target], check=True)

@@ -31,4 +31,5 @@ export ASAN_OPTIONS=detect_leaks=0${ASAN_OPTIONS:+:$ASAN_OPTIONS}
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}
 export PYTHONPATH=$tree PYTHONMALLOC=malloc
 library() { "${CXX:-g++}" -print-file-name="$1"; }
-LD_PRELOAD="$(library $runtime) $(library libstdc++.so)" "$python" -m pytest --capture=sys "$@"
+# What a test compiles of our sources has the sanitizer too, where it asks for CXXFLAGS.
+CXXFLAGS="-fsanitize=$kind -g" LD_PRELOAD="$(library $runtime) $(library libstdc++.so)" "$python" -m pytest --capture=sys "$@"

@@ -1,20 +1,10 @@
 // x86-64-v3: 16 registers of 32 bytes.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <limits>
-#include <new>
-#include <type_traits>
-
-#include "cpu/kernel.h"
+#include "cpu/isa.h"
 
 // After every other include: what follows is compiled for this instruction set, and lives in a namespace of its own.
 #pragma GCC target("avx2,fma,f16c")
 
-#define RNNKERN_INLINE inline __attribute__((always_inline))
 // Width of the vectors that have intrinsics. (GCC 12 defines no __AVX__ and the like after that pragma.)
 #define RNNKERN_INTRINSICS 256
 #define RNNKERN_BFLOAT16_PRODUCTS 0

@@ -1,20 +1,10 @@
 // x86-64-v4 with dot products of bfloat16 (Zen 4, Cooper Lake and later), for bfloat16 only.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <limits>
-#include <new>
-#include <type_traits>
-
-#include "cpu/kernel.h"
+#include "cpu/isa.h"
 
 // After every other include: what follows is compiled for this instruction set, and lives in a namespace of its own.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
-#define RNNKERN_INLINE inline __attribute__((always_inline))
 // Width of the vectors that have intrinsics. (GCC 12 defines no __AVX__ and the like after that pragma.)
 #define RNNKERN_INTRINSICS 512
 #define RNNKERN_BFLOAT16_PRODUCTS 1

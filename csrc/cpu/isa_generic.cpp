@@ -1,14 +1,6 @@
 // What every processor of the architecture has: 16-byte vectors (SSE2 on x86-64, NEON on aarch64).
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <limits>
-#include <new>
-#include <type_traits>
+#include "cpu/isa.h"
 
-#include "cpu/kernel.h"
-
-#define RNNKERN_INLINE inline __attribute__((always_inline))
 #define RNNKERN_INTRINSICS 0  // of no vectors
 #define RNNKERN_BFLOAT16_PRODUCTS 0
 

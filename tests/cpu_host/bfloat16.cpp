@@ -1,18 +1,12 @@
 // csrc/cpu/isa_amx.cpp over the twin of its instructions, as the only set of the driver, for tests/test_cpu_host.py.
 #include <atomic>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
-#include <initializer_list>
-#include <limits>
-#include <new>
-#include <type_traits>
 
+#include "cpu/isa.h"
 #include "cpu/recurrence.h"
 
-#define RNNKERN_INLINE inline __attribute__((always_inline))
 #define RNNKERN_INTRINSICS 0
 #define RNNKERN_BFLOAT16_PRODUCTS 1
 
