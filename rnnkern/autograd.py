@@ -198,7 +198,8 @@ def grad_w_hh_of(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | Non
         return delta.new_zeros(h.shape[-1], h.shape[-1])
     B = h0.shape[0]
     N = h.shape[0] * B
-    delta, h = delta.flatten(0, 1), h.flatten(0, 1)
+    # Not flatten, for which the batches of autograd.grad(is_grads_batched=True) have no rule.
+    delta, h = delta.reshape(N, -1), h.reshape(N, -1)
     first, later, earlier = slice(B), slice(B, None), slice(N - B)
     if reverse:
         first, later, earlier = slice(N - B, None), slice(N - B), slice(B, None)

@@ -34,6 +34,7 @@ def widens(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
     return (
         dtype in HALVES
         and is_plain(rows)
+        and not is_batched(rows)
         and is_slow(dtype)
         and rows.numel() * width >= LEAST_WORK
         and math.prod(rows.shape[:-1]) >= LEAST_ROWS
@@ -43,6 +44,12 @@ def widens(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
 def is_plain(x: Tensor) -> bool:
     """On the CPU, and of no class that may have a dispatch of its own."""
     return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether this is a gradient of ``autograd.grad(is_grads_batched=True)``, which stands for many and takes part only
+    in what makes new tensors."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_slow(dtype: torch.dtype) -> bool:

@@ -39,10 +39,12 @@ class ProjectionFunction(torch.autograd.Function):
         x, w_ih = ctx.saved_tensors
         for_x, for_w, for_b = (is_wanted(ctx, index) for index in range(3))
         grad_x = grad_w = None
-        if torch.is_grad_enabled() or not is_eager():  # this backward may be differentiated itself, or mapped over
+        rows = delta.reshape(-1, delta.shape[-1])  # not flatten, for which a batch of gradients has no rule
+        if torch.is_grad_enabled() or not is_eager() or products.is_batched(delta):
+            # This backward may be differentiated itself, or is mapped over.
             grad_x = delta @ w_ih if for_x else None
-            grad_w = delta.flatten(0, -2).T @ x.flatten(0, -2) if for_w else None
+            grad_w = rows.T @ x.reshape(-1, x.shape[-1]) if for_w else None
         else:
             grad_x = products.linear(delta, w_ih.T) if for_x else None
             grad_w = products.weight_gradient((delta, x)) if for_w else None
-        return grad_x, grad_w, delta.flatten(0, -2).sum(0) if for_b else None
+        return grad_x, grad_w, rows.sum(0) if for_b else None

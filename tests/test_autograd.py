@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import device_of, need
-from helpers import INF, Problem, make_problem, same_bits
+from helpers import INF, Problem, drawn, make_problem, pack, same_bits
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -328,3 +328,22 @@ def test_function_refuses_nothing_it_promises(backend: Backend, device: str) -> 
     z, h0, w_hh = leaves(p)
     h, h_n = RNNFunction.apply(z, h0, w_hh, None, None, False, "tanh", INF, backend.name)
     assert same_bits([h], [backend.recurrence(*p.forward)]) and torch.equal(h_n, h[-1])
+
+
+@pytest.mark.everywhere
+@pytest.mark.filterwarnings("ignore:.*performance drop")  # PyTorch loops over what stands in the batch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_batch_of_gradients(dtype: torch.dtype, bidirectional: bool, packed: bool) -> None:
+    """autograd.grad(is_grads_batched=True) is a loop over the gradients; in sizes that products.py serves."""
+    T, B, H = 17, 4, 64
+    module = rnnkern.RNN(H, H, bidirectional=bidirectional, dtype=dtype)
+    leaf = drawn(1, T, B, H, dtype=dtype).requires_grad_()
+    output = module(pack(list(leaf.unbind(1))))[0].data if packed else module(leaf)[0]
+    wanted = [leaf, *module.parameters()]
+    given = drawn(2, 3, *output.shape, dtype=dtype)
+    found = torch.autograd.grad(output, wanted, given, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(output, wanted, g, retain_graph=True) for g in given]
+    for several, one_by_one in zip(found, zip(*each)):
+        torch.testing.assert_close(several, torch.stack(one_by_one))
