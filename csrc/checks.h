@@ -38,6 +38,10 @@ inline void check_same(const char* name, const Tensor& tensor, const char* other
   STD_TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of ", other);
 }
 
+inline void check_nonlinearity(const std::string& name) {
+  STD_TORCH_CHECK(name == "tanh" || name == "relu", "nonlinearity must be 'tanh' or 'relu', got '", name, "'");
+}
+
 // Which rows belong to which step. Keeps a contiguous copy of batch_sizes and its running sum.
 struct Sequence {
   int64_t T, B, H;
@@ -51,9 +55,7 @@ inline Sequence check_recurrence(
   const char* const expected = batch_sizes ? "(N, H), packed by batch_sizes" : "(T, B, H)";
   STD_TORCH_CHECK(
       rows.dim() == (batch_sizes ? 2 : 3), name, " must have shape ", expected, ", got ", words(shape(rows)));
-  STD_TORCH_CHECK(
-      nonlinearity == "tanh" || nonlinearity == "relu", "nonlinearity must be 'tanh' or 'relu', got '", nonlinearity,
-      "'");
+  check_nonlinearity(nonlinearity);
   check_same("h0", h0, name, rows);
   check_same("w_hh", w_hh, name, rows);
   const int64_t H = rows.size(rows.dim() - 1);

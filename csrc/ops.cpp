@@ -34,6 +34,13 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
       "Tensor h0_reverse, Tensor w_hh, Tensor w_hh_reverse, Tensor? batch_sizes, str nonlinearity, float clip, "
       "bool with_stats) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // All layers of a net at once, without gradients: input (T, B, I), h0 (chains, B, H) or none for zeros, where each layer has
+  // one chain or, if bidirectional, two; weights w_ih, w_hh and, if has_biases, b_ih, b_hh of each chain. Returns the output
+  // (T, B, H or 2H) and h_n like h0. On the CPU alone.
+  m.def(
+      "layers(Tensor input, Tensor? h0, Tensor[] weights, bool has_biases, bool bidirectional, str nonlinearity) "
+      "-> (Tensor, Tensor)");
+
   // The instruction set that the CPU kernels use here, and all that this build and this machine could use.
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnkern import backends, both_directions, loop, projection
-from rnnkern.autograd import INF, is_transformed, recurrence, wants_gradient
+from rnnkern import backends, both_directions, extension, loop, products, projection
+from rnnkern.autograd import INF, is_observed, is_transformed, recurrence, wants_gradient
 
 #: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -134,32 +134,44 @@ def autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def step(
-    input: Tensor,  # (1, B, I)
-    h0: Tensor,  # (layers·directions, B, H)
+def at_once(
+    input: Tensor,  # (T, B, I)
+    h0: Tensor | None,  # (layers·directions, B, H), zeros by default
     weights: Sequence[LayerWeights],
     nonlinearity: str,
     bidirectional: bool,
-    dropout: float,
-    training: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """A single step without gradients on a CPU, as in streaming: torch.nn.RNN's own operator does it all in one call.
+    """A plain net without gradients on a CPU, in one call: where it is short, the way through :func:`rnn` would take
+    longer than the net.
 
-    Returns output and h_n, or None where the call is of another kind: see :func:`rnn`.
+    Returns output and h_n, or None where the call is of another kind or something does not fit.
     """
     flat = [w for of_layer in weights for w in of_layer if w is not None]
+    given = [input, *flat] if h0 is None else [input, *flat, h0]
+    dtype, T, B = input.dtype, input.shape[0], input.shape[1]
     if (
         torch.compiler.is_compiling()
-        or not input.is_cpu
         or backends.is_named()
+        or wants_gradient(*given)
         or is_transformed()
-        or wants_gradient(input, h0, *flat)
-        or autocast_enabled(input.device)
+        or is_observed()
+        or torch._C._is_any_autocast_enabled()
+        or torch.jit.is_tracing()
+        or not all(products.is_plain(x) and x.dtype is dtype for x in given)
     ):
         return None
-    operator = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
-    layers = len(weights) // (2 if bidirectional else 1)
-    return operator(input, h0, flat, len(flat) > 2 * len(weights), layers, dropout, training, bidirectional, False)
+    H = flat[1].shape[0]
+    if input.shape[2] != flat[0].shape[1] or not (h0 is None or h0.shape == (len(weights), B, H)):
+        return None
+    has_biases = len(flat) > 2 * len(weights)
+    if T == 1:  # no chain: as in streaming, torch.nn.RNN's own operator does it all
+        operator = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
+        layers = len(weights) // (2 if bidirectional else 1)
+        h0 = input.new_zeros(len(weights), B, H) if h0 is None else h0
+        return operator(input, h0, flat, has_biases, layers, 0.0, False, bidirectional, False)
+    if T == 0 or dtype not in (torch.float32, torch.float64) or extension.unavailable() is not None:
+        return None  # of the halves rnnkern.products makes the projection
+    return torch.ops.rnnkern.layers.default(input, h0, flat, has_biases, bidirectional, nonlinearity)
 
 
 def _sum(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern import padding
-from rnnkern.functional import INF, LayerWeights, NormWeights, Output, TapFactory, autocast_enabled, rnn, step
+from rnnkern.functional import INF, LayerWeights, NormWeights, Output, TapFactory, at_once, autocast_enabled, rnn
 from rnnkern.recast import plain_class, share
 
 
@@ -212,17 +212,16 @@ class RNN(nn.RNNBase):
     ) -> Output:
         T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
         weights = self._weights()
+        if batch_sizes is None and self.tap is None and not with_states and self._is_plain():
+            done = at_once(input, hx, weights, self.nonlinearity, self.bidirectional)
+            if done is not None:
+                return Output(*done, [])
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
         self._check(input, hx, batch_sizes, weights, states)
         if hx is None:
             hx = torch.zeros(states, dtype=input.dtype, device=input.device)
         elif sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
-        if T == 1 and batch_sizes is None and self.tap is None and not with_states and not self._beyond_nn_rnn():
-            options = self.nonlinearity, self.bidirectional, self.dropout, self.training
-            stepped = step(input, hx, weights, *options)
-            if stepped is not None:
-                return Output(*stepped, [])
         if T == 0 and not self.allow_empty:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         result = rnn(
@@ -245,6 +244,11 @@ class RNN(nn.RNNBase):
         if unsorted_indices is None:
             return result
         return result._replace(h_n=result.h_n.index_select(1, unsorted_indices))
+
+    def _is_plain(self) -> bool:
+        """Whether a forward without gradients is that of a torch.nn.RNN without dropout."""
+        drops = self.training and (self.dropout > 0 or self.recurrent_dropout > 0)
+        return self.layer_norm is None and not self.residual and not drops
 
     def _check(
         self,

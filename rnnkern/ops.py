@@ -179,7 +179,14 @@ def _fake_bidirectional_backward(  # type: ignore[no-untyped-def]
     return *gradients, h.new_empty(stats, dtype=torch.float64)
 
 
+def _fake_layers(input, h0, weights, has_biases, bidirectional, nonlinearity):  # type: ignore[no-untyped-def]
+    directions, (T, B, _), H = 2 if bidirectional else 1, input.shape, weights[1].shape[0]
+    chains = len(weights) // (4 if has_biases else 2)
+    return input.new_empty((T, B, directions * H)), input.new_empty((chains, B, H))
+
+
 if extension.unavailable() is None:
+    torch.library.register_fake("rnnkern::layers")(_fake_layers)
     torch.library.register_fake("rnnkern::bidirectional_")(_fake_bidirectional_)
     torch.library.register_fake("rnnkern::bidirectional_backward")(_fake_bidirectional_backward)
 

@@ -2,6 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <cstring>
+
 #include "checks.h"
 #include "cpu/recurrence.h"
 #include "walkable.h"
@@ -46,6 +49,8 @@ AnyRows rows_of(const Walkable& walkable) {
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 Weights weights_of(const Tensor& w_hh) { return {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}; }
+
+Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // One direction of a layer's rows (.., 2H), which lie side by side.
 Tensor half(const Tensor& both, int direction) {
@@ -110,6 +115,82 @@ void bidirectional_in_place_op(
   launch_in_place(z, {h0, h0_reverse}, {w_hh, w_hh_reverse}, batch_sizes, false, nonlinearity);
 }
 
+Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor cat(const std::vector<Tensor>& parts) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(parts), torch::stable::detail::from(int64_t{0})};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cat", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x W_ih' + b_ih + b_hh of one direction, or of both side by side by one product; `weights` are those of the layer.
+Tensor project(const Tensor& x, const Tensor* weights, int64_t directions, int64_t of_chain) {
+  std::vector<Tensor> w_ih, b;
+  for (const Tensor* w = weights; w != weights + directions * of_chain; w += of_chain) {
+    w_ih.push_back(w[0]);
+    if (of_chain == 4) b.push_back(torch::stable::subtract(w[2], w[3], -1));
+  }
+  if (directions == 1) return as_contiguous(linear(x, w_ih[0], b.empty() ? std::nullopt : std::optional(b[0])));
+  // F.linear takes other products for rows with gaps.
+  return as_contiguous(linear(as_contiguous(x), cat(w_ih), b.empty() ? std::nullopt : std::optional(cat(b))));
+}
+
+// All layers in one call: where a sequence is short, the way through Python takes longer than what is computed. Pointers
+// into z and the states take the place of views, each of which would cost as much as a step.
+std::tuple<Tensor, Tensor> layers_op(
+    const Tensor& input, std::optional<Tensor> h0, std::vector<Tensor> weights, bool has_biases, bool bidirectional,
+    std::string nonlinearity) {
+  const int64_t D = bidirectional ? 2 : 1, of_chain = has_biases ? 4 : 2, count = static_cast<int64_t>(weights.size());
+  STD_TORCH_CHECK(
+      count > 0 && count % (D * of_chain) == 0, "weights must be ", D * of_chain, " for each layer, got ", count);
+  STD_TORCH_CHECK(
+      input.dim() == 3 && input.size(0) > 0, "input must have shape (T, B, I) with T > 0, got ", words(shape(input)));
+  STD_TORCH_CHECK(weights[1].dim() == 2, "w_hh must have shape (H, H), got ", words(shape(weights[1])));
+  check_nonlinearity(nonlinearity);
+  const Dtype dtype = dtype_of(input);
+  const int64_t T = input.size(0), B = input.size(1), H = weights[1].size(0), chains = count / of_chain;
+  // All of them here: of what fails within an operator of PyTorch the stable ABI loses the words.
+  const auto check = [&input](const char* name, const Tensor& tensor, const Shape& expected) {
+    check_shape(name, tensor, expected);
+    check_same(name, tensor, "input", input);
+  };
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    const Tensor* const w = &weights[chain * of_chain];
+    check("w_ih", w[0], {H, chain < D ? input.size(2) : D * H});
+    check("w_hh", w[1], {H, H});
+    if (has_biases) check("b_ih", w[2], {H}), check("b_hh", w[3], {H});
+  }
+  if (h0) check("h0", *h0, {chains, B, H});
+  h0 = h0 ? as_contiguous(*h0) : torch::stable::new_zeros(input, Shape{chains, B, H});
+
+  const Tensor h_n = new_like(*h0);
+  const int64_t size = input.element_size();
+  const auto at = [size](const Tensor& tensor, int64_t i) { return static_cast<char*>(tensor.data_ptr()) + i * size; };
+  Tensor rows = input;
+  for (int64_t first = 0; first < chains; first += D) {
+    rows = project(rows, &weights[first * of_chain], D, of_chain);  // (T, B, D H)
+    std::vector<Chain<Forward>> of_layer;
+    for (int64_t i = 0; i < D; ++i) {
+      const AnyRows z{at(rows, i * H), B * D * H, D * H}, initial{at(*h0, (first + i) * B * H), 0, H};
+      const Weights w_hh = weights_of(weights[(first + i) * of_chain + 1]);
+      of_layer.push_back({{{T, B, H, nullptr, nullptr, i == 1}, z, initial, z}, w_hh});
+    }
+    recurrence(of_layer, dtype, nonlinearity_of(nonlinearity), threads());
+    for (int64_t i = 0; i < D; ++i) {
+      const int64_t last = i == 1 ? 0 : T - 1;
+      for (int64_t b = 0; b < B; ++b) {
+        std::memcpy(at(h_n, ((first + i) * B + b) * H), at(rows, (last * B + b) * D * H + i * H), H * size);
+      }
+    }
+  }
+  return {rows, h_n};
+}
+
 // What the backward of one or two chains returns.
 struct Gradients {
   Tensor delta;
@@ -133,7 +214,9 @@ Gradients launch_backward(
   double* stats = nullptr;
   if (with_stats) {
     const Shape shape = both ? Shape{2, 4, T, B} : Shape{4, T, B};
-    out.stats = torch::stable::new_zeros(h, shape, torch::headeronly::ScalarType::Double);
+    constexpr auto kDouble = torch::headeronly::ScalarType::Double;
+    // A packed sequence leaves out the steps that a sample does not have.
+    out.stats = batch_sizes ? torch::stable::new_zeros(h, shape, kDouble) : torch::stable::new_empty(h, shape, kDouble);
     stats = static_cast<double*>(out.stats->data_ptr());
   }
   std::vector<Walkable> kept;  // what the chains point into
@@ -210,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("recurrence_backward", TORCH_BOX(&rnnkern::cpu::recurrence_backward_op));
   m.impl("recurrence_backward_stats", TORCH_BOX(&rnnkern::cpu::recurrence_backward_stats_op));
   m.impl("bidirectional_", TORCH_BOX(&rnnkern::cpu::bidirectional_in_place_op));
+  m.impl("layers", TORCH_BOX(&rnnkern::cpu::layers_op));
   m.impl("bidirectional_backward", TORCH_BOX(&rnnkern::cpu::bidirectional_backward_op));
 }
 

@@ -25,6 +25,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cell.h"
 #include "cpu/product.inc"
 #include "cpu/tiles.inc"
+#include "cpu/squares.inc"
 #include "cpu/chain.inc"
 
 // A process has to ask the system for tiles, once: what it saves of a thread grows by 8 KB.

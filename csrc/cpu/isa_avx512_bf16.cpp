@@ -19,6 +19,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cpu/tanh.inc"
 #include "cell.h"
 #include "cpu/product.inc"
+#include "cpu/squares.inc"
 #include "cpu/chain.inc"
 
 static bool supported() { return kAvx512.supported() && __builtin_cpu_supports("avx512bf16"); }

@@ -103,6 +103,7 @@ Division divide(const Kernels& kernels, const Steps& steps, int threads, bool ma
   const double work = static_cast<double>(rows) * H * H;
   const int64_t useful = std::min<int64_t>(threads, static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1);
   const auto members_of = [&](int64_t groups) {
+    if (useful / groups <= 1) return int64_t{1};
     // A member that has no processor of its own would have all others wait for it.
     const int64_t available = std::min<int64_t>(useful, omp_get_num_procs()) / groups;
     const double step = static_cast<double>(steps.B) / groups * H * H;

@@ -21,6 +21,7 @@ constexpr int kMaxSums = 24;
 #include "cell.h"
 #include "cpu/product.inc"
 #include "cpu/tiles.inc"
+#include "cpu/squares.inc"
 #include "cpu/chain.inc"
 
 }  // namespace host
