@@ -64,6 +64,17 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_reader_who_leaves() -> None:
+    """As `rnnkern doctor | head -0`: no traceback."""
+    command = [sys.executable, "-m", "rnnkern", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == ""
+
+
 def test_doctor_names_every_backend_and_checks_those_that_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
