@@ -151,7 +151,7 @@ def at_once(
     dtype, T, B = input.dtype, input.shape[0], input.shape[1]
     if (
         torch.compiler.is_compiling()
-        or backends.is_named()
+        or backends.is_named(other_than="cpu")
         or wants_gradient(*given)
         or is_transformed()
         or is_observed()
@@ -164,7 +164,7 @@ def at_once(
     if input.shape[2] != flat[0].shape[1] or not (h0 is None or h0.shape == (len(weights), B, H)):
         return None
     has_biases = len(flat) > 2 * len(weights)
-    if T == 1:  # no chain: as in streaming, torch.nn.RNN's own operator does it all
+    if T == 1 and not backends.is_named():  # no chain: as in streaming, torch.nn.RNN's own operator does it all
         operator = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
         layers = len(weights) // (2 if bidirectional else 1)
         h0 = input.new_zeros(len(weights), B, H) if h0 is None else h0

@@ -95,9 +95,12 @@ def autocast(module: nn.Module, x: Tensor) -> Any:
         return module(x)
 
 
-def named(module: nn.Module, x: Tensor) -> Any:
-    with rnnkern.use_backend("reference"):
-        return module(x)
+def named(backend: str) -> Callable[[nn.Module, Tensor], Any]:
+    def call(module: nn.Module, x: Tensor) -> Any:
+        with rnnkern.use_backend(backend):
+            return module(x)
+
+    return call
 
 
 def watched(module: nn.Module, x: Tensor) -> Any:
@@ -141,7 +144,8 @@ CALLS: list[tuple[dict, Callable[[nn.Module, Tensor], Any], bool]] = [
     ({"dtype": torch.bfloat16}, lambda module, x: module(x.bfloat16()), False),
     ({"allow_empty": True}, lambda module, x: module(x[:0]), False),
     ({}, autocast, False),
-    ({}, named, False),
+    ({}, named("reference"), False),
+    ({}, named("cpu"), True),
     ({}, watched, False),
     ({}, observed, False),
     ({}, mapped, False),

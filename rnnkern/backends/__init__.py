@@ -56,9 +56,9 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def is_named() -> bool:
-    """Whether the caller has named a backend, instead of leaving the choice to ``auto``."""
-    return _chosen != "auto"
+def is_named(other_than: str = "auto") -> bool:
+    """Whether the caller has named a backend, ``other_than`` this one, instead of leaving the choice to ``auto``."""
+    return _chosen not in ("auto", other_than)
 
 
 def select(z: Tensor) -> Backend:
