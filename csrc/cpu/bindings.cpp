@@ -115,29 +115,28 @@ void bidirectional_in_place_op(
   launch_in_place(z, {h0, h0_reverse}, {w_hh, w_hh_reverse}, batch_sizes, false, nonlinearity);
 }
 
-Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor cat(const std::vector<Tensor>& parts) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(parts), torch::stable::detail::from(int64_t{0})};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cat", "", stack.data(), TORCH_ABI_VERSION));
+// An operator of PyTorch.
+template <class... Arguments>
+Tensor call(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name, " failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // x W_ih' + b_ih + b_hh of one direction, or of both side by side by one product; `weights` are those of the layer.
 Tensor project(const Tensor& x, const Tensor* weights, int64_t directions, int64_t of_chain) {
-  std::vector<Tensor> w_ih, b;
+  std::vector<Tensor> w_ih, biases;
   for (const Tensor* w = weights; w != weights + directions * of_chain; w += of_chain) {
     w_ih.push_back(w[0]);
-    if (of_chain == 4) b.push_back(torch::stable::subtract(w[2], w[3], -1));
+    if (of_chain == 4) biases.push_back(torch::stable::subtract(w[2], w[3], -1));  // b_ih - (-1) b_hh: there is no add
   }
-  if (directions == 1) return as_contiguous(linear(x, w_ih[0], b.empty() ? std::nullopt : std::optional(b[0])));
+  const auto joined = [](const std::vector<Tensor>& parts) {
+    return parts.size() == 1 ? parts[0] : call("aten::cat", parts, int64_t{0});
+  };
+  std::optional<Tensor> b;
+  if (!biases.empty()) b = joined(biases);
   // F.linear takes other products for rows with gaps.
-  return as_contiguous(linear(as_contiguous(x), cat(w_ih), b.empty() ? std::nullopt : std::optional(cat(b))));
+  return as_contiguous(call("aten::linear", directions == 1 ? x : as_contiguous(x), joined(w_ih), b));
 }
 
 // All layers in one call: where a sequence is short, the way through Python takes longer than what is computed. Pointers
