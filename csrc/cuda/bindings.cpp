@@ -124,7 +124,8 @@ void run(const Job& job, const Tensor& like) {
   const int device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const bool known = aoti_torch_get_current_cuda_stream(device, &stream) == 0;
+  STD_TORCH_CHECK(known, "PyTorch has no current CUDA stream for device ", device);
   const Plan plan = plan_for(job, device, asked_regime());
   const Shape bytes{static_cast<int64_t>(workspace_of(job, plan).total)};
   const Tensor workspace = torch::stable::new_empty(like, bytes, torch::headeronly::ScalarType::Byte);
