@@ -199,7 +199,7 @@ def grad_w_hh_of(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | Non
     B = h0.shape[0]
     N = h.shape[0] * B
     # Not flatten, for which the batches of autograd.grad(is_grads_batched=True) have no rule.
-    delta, h = delta.reshape(N, -1), h.reshape(N, -1)
+    delta, h = delta.reshape(N, h.shape[-1]), h.reshape(N, h.shape[-1])
     first, later, earlier = slice(B), slice(B, None), slice(N - B)
     if reverse:
         first, later, earlier = slice(N - B, None), slice(N - B), slice(B, None)
