@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnkern import backends, both_directions, extension, loop, products, projection
+from rnnkern import backends, both_directions, extension, loop, ops, products, projection
 from rnnkern.autograd import INF, is_observed, is_transformed, recurrence, wants_gradient
 
 #: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
@@ -171,7 +171,7 @@ def at_once(
         return operator(input, h0, flat, has_biases, layers, 0.0, False, bidirectional, False)
     if T == 0 or dtype not in (torch.float32, torch.float64) or extension.unavailable() is not None:
         return None  # of the halves rnnkern.products makes the projection
-    return torch.ops.rnnkern.layers.default(input, h0, flat, has_biases, bidirectional, nonlinearity)
+    return ops.layers(input, h0, flat, has_biases, bidirectional, nonlinearity)
 
 
 def _sum(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor | None:

@@ -104,6 +104,18 @@ def bidirectional_backward(
     )
 
 
+def layers(
+    input: Tensor,  # (T, B, I), T > 0
+    h0: Tensor | None,  # (layers·directions, B, H); None for zeros
+    weights: list[Tensor],  # w_ih, w_hh, and if has_biases b_ih, b_hh, of each layer and direction
+    has_biases: bool,
+    bidirectional: bool,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, B, directions·H) and h_n like h0 of a whole net, without gradients, on a CPU."""
+    return torch.ops.rnnkern.layers.default(input, h0, weights, has_biases, bidirectional, nonlinearity)
+
+
 def _fake_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
     contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
     return torch.empty_like(z, memory_format=torch.contiguous_format)
