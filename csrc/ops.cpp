@@ -41,6 +41,10 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
       "layers(Tensor input, Tensor? h0, Tensor[] weights, bool has_biases, bool bidirectional, str nonlinearity) "
       "-> (Tensor, Tensor)");
 
+  // The sum over pairs of delta' x (H, I), for delta (N, H) and x (N, I) of as many rows. On the CPU alone, in bfloat16, and
+  // where cpu_isa() is 'amx'.
+  m.def("weight_gradient(Tensor[] delta, Tensor[] x) -> Tensor");
+
   // The instruction set that the CPU kernels use here, and all that this build and this machine could use.
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str[]");

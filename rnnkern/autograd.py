@@ -64,7 +64,8 @@ class RNNFunction(torch.autograd.Function):
             delta, grad_h0, stats = RNNBackwardFunction.apply(*chain, backend, with_stats)
         else:
             delta, grad_h0, stats = _backward(backend, with_stats, *chain)
-        grad_w_hh = grad_w_hh_of(delta, h, h0, batch_sizes, reverse) if is_wanted(ctx, 2) else None
+        work = delta.numel() * h.shape[-1]
+        grad_w_hh = grad_w_hh_of(delta, h, h0, batch_sizes, reverse) if is_wanted(ctx, 2, work) else None
         return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None, None
 
 
@@ -166,11 +167,19 @@ def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tens
     return *ops.recurrence_backward(backend, *chain), None
 
 
-def is_wanted(ctx: Any, index: int) -> bool:
-    """Whether this backward pass has a use for the gradient of an input: ``needs_input_grad`` knows only whether some
-    pass may have one, and ``autograd.grad(loss, x)`` has none for those of the weights."""
+#: Multiply-adds that take about as long as the question whether somebody wants them: 42 µs on a Xeon, as it is answered by
+#: an exception (see below).
+_WORK_OF_ASKING = 1 << 21
+
+
+def is_wanted(ctx: Any, index: int, work: float = INF) -> bool:
+    """Whether this backward pass has a use for the gradient of an input, which takes ``work`` multiply-adds:
+    ``needs_input_grad`` knows only whether some pass may have one, and ``autograd.grad(loss, x)`` has none for those of
+    the weights."""
     if not ctx.needs_input_grad[index] or torch.compiler.is_compiling() or is_transformed():
         return ctx.needs_input_grad[index]
+    if work < _WORK_OF_ASKING:
+        return True
     try:
         return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
     except RuntimeError:  # it does not answer for a leaf whose gradient is to be returned: that one is wanted
@@ -189,11 +198,10 @@ def _save(
 
 def grad_w_hh_of(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
     """Σ_t δ_tᵀ h_{t-1}: one product over all steps, with no copy of h where the sequence is dense."""
-    widens = delta.dtype in products.HALVES and is_eager() and not torch.is_grad_enabled()
-    widens = widens and products.widens(delta.dtype, delta, h.shape[-1])
+    taken = is_eager() and not torch.is_grad_enabled() and products.takes(delta.dtype, delta, h.shape[-1])
     if batch_sizes is not None:
         previous = reference.previous_states(h, h0, batch_sizes, reverse)
-        return products.weight_gradient((delta, previous)) if widens else delta.T @ previous
+        return products.weight_gradient((delta, previous)) if taken else delta.T @ previous
     if h.shape[0] == 0:
         return delta.new_zeros(h.shape[-1], h.shape[-1])
     B = h0.shape[0]
@@ -203,7 +211,7 @@ def grad_w_hh_of(delta: Tensor, h: Tensor, h0: Tensor, batch_sizes: Tensor | Non
     first, later, earlier = slice(B), slice(B, None), slice(N - B)
     if reverse:
         first, later, earlier = slice(N - B, None), slice(N - B), slice(B, None)
-    if widens:
+    if taken:
         return products.weight_gradient((delta[first], h0), (delta[later], h[earlier]))
     return torch.addmm(delta[first].T @ h0, delta[later].T, h[earlier])
 

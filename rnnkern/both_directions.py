@@ -109,7 +109,7 @@ class BidirectionalFunction(torch.autograd.Function):
                 grad_h, grads_hn, h, tuple(h0), tuple(w_hh), batch_sizes, ctx.nonlinearity, ctx.clip, any(counts)
             )
         grad_w_hh = [
-            grad_w_hh_of(d, s, h0[i], batch_sizes, i == 1) if is_wanted(ctx, 3 + i) else None
+            grad_w_hh_of(d, s, h0[i], batch_sizes, i == 1) if is_wanted(ctx, 3 + i, d.numel() * s.shape[-1]) else None
             for i, (d, s) in enumerate(zip(_halves(delta), _halves(h)))
         ]
         return delta, *grad_h0, *grad_w_hh, *(stats[i] if counts[i] else None for i in range(2)), None, None, None

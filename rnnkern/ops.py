@@ -116,6 +116,11 @@ def layers(
     return torch.ops.rnnkern.layers.default(input, h0, weights, has_biases, bidirectional, nonlinearity)
 
 
+def weight_gradient(delta: list[Tensor], x: list[Tensor]) -> Tensor:
+    """The sum of δᵀ x (H, I) over pairs of δ (N, H) and x (N, I), in bfloat16 on a CPU with AMX."""
+    return torch.ops.rnnkern.weight_gradient.default(delta, x)
+
+
 def _fake_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
     contract.check_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity)
     return torch.empty_like(z, memory_format=torch.contiguous_format)
@@ -197,7 +202,12 @@ def _fake_layers(input, h0, weights, has_biases, bidirectional, nonlinearity):  
     return input.new_empty((T, B, directions * H)), input.new_empty((chains, B, H))
 
 
+def _fake_weight_gradient(delta, x):  # type: ignore[no-untyped-def]
+    return delta[0].new_empty(delta[0].shape[1], x[0].shape[1])
+
+
 if extension.unavailable() is None:
+    torch.library.register_fake("rnnkern::weight_gradient")(_fake_weight_gradient)
     torch.library.register_fake("rnnkern::layers")(_fake_layers)
     torch.library.register_fake("rnnkern::bidirectional_")(_fake_bidirectional_)
     torch.library.register_fake("rnnkern::bidirectional_backward")(_fake_bidirectional_backward)

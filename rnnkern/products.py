@@ -1,8 +1,11 @@
-"""Products over all rows of a sequence in bfloat16 and float16, where the processor has no instructions for them.
+"""Products over all rows of a sequence in bfloat16 and float16, where PyTorch's are slow.
 
-There PyTorch multiplies in plain loops, up to 50 times slower than in float32. Here the rows are widened to float32,
-some at a time, multiplied and summed in float32, and rounded once. Each product is in place or has an ``out=``, which
-autocast leaves alone.
+Where the processor has no instructions for them PyTorch multiplies in plain loops, up to 50 times slower than in
+float32. Here the rows are widened to float32, some at a time, multiplied and summed in float32, and rounded once. Each
+product is in place or has an ``out=``, which autocast leaves alone.
+
+Where it has tiles of bfloat16 (AMX) PyTorch's products are fast, but for the gradient of a weight, which sums over the
+rows: for that one there is a kernel (csrc/cpu/weight_gradient.inc).
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from rnnkern import backends, extension, ops
 
 #: the dtypes, and how oneDNN, which has PyTorch's fast products of them, is asked whether it serves them here
 HALVES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -27,10 +33,24 @@ CHUNK = 1 << 18
 #: Same machine; the break-even lies at 10 to 60 rows for H = 256 and 1024, and at about 64 for H = 64.
 LEAST_ROWS, LEAST_WORK = 16, 1 << 18  # N, and N·I·H
 
+#: The same for the kernel on tiles, which pays for a node of the graph in Python.
+LEAST_WORK_ON_TILES = 1 << 24
+
+
+def takes(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
+    """Whether products in ``dtype`` of rows, (N, I) or (T, B, I), with ``width`` numbers for each are for this
+    module."""
+    return widens(dtype, rows, width) or (
+        rows.numel() * width >= LEAST_WORK_ON_TILES
+        and is_plain(rows)
+        and not is_batched(rows)
+        and has_tiles(dtype)
+        and not backends.is_named(other_than="cpu")
+    )
+
 
 def widens(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
-    """Whether the products in ``dtype`` of rows, (N, I) or (T, B, I), with ``width`` numbers for each are for this
-    module."""
+    """Whether these products are computed in float32."""
     return (
         dtype in HALVES
         and is_plain(rows)
@@ -64,8 +84,16 @@ def _is_served(dtype: torch.dtype) -> bool:
     return supported is not None and supported()
 
 
+@functools.cache
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for the gradient of a weight."""
+    return dtype == torch.bfloat16 and extension.unavailable() is None and torch.ops.rnnkern.cpu_isa() == "amx"
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x Wᵀ + b for x (N, I) or (T, B, I), w (H, I) and b (H), in the dtype of x. Not differentiable."""
+    if not is_slow(x.dtype):
+        return F.linear(x, w, b)
     H = w.shape[0]
     z = x.new_empty(*x.shape[:-1], H)
     w_t, bias = w.float().T, None if b is None else b.float()
@@ -83,6 +111,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 def weight_gradient(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of δᵀ x (H, I) over pairs of δ (N, H) or (T, B, H) and x of as many rows. Not differentiable."""
     delta, x = pairs[0]
+    if has_tiles(x.dtype) and not is_slow(x.dtype):
+        deltas, xs = ([rows.flatten(0, -2) for rows in side] for side in zip(*pairs))
+        return ops.weight_gradient(deltas, xs)
     total = torch.zeros(delta.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
     for pair in pairs:
         for delta, x in _chunks(*pair):

@@ -16,10 +16,9 @@ def linear(x: Tensor, w_ih: Tensor, b: Tensor | None, autocast: torch.dtype | No
     """x W_ihᵀ + b, differentiable, for x (T, B, I) or (N, I), w_ih (H, I) and b (H); ``autocast`` is the dtype of
     autocast where that is on."""
     dtype = x.dtype if autocast is None else autocast
-    if dtype in products.HALVES and is_eager() and not torch.jit.is_tracing():
+    if is_eager() and not torch.jit.is_tracing() and products.takes(dtype, x, w_ih.shape[0]):
         taken = (dtype,) if autocast is None else (torch.float32, *products.HALVES)  # what autocast casts
-        fit = all(products.is_plain(v) and v.dtype in taken for v in (x, w_ih, b) if v is not None)
-        if fit and products.widens(dtype, x, w_ih.shape[0]):
+        if all(products.is_plain(v) and v.dtype in taken for v in (x, w_ih, b) if v is not None):
             return ProjectionFunction.apply(x.to(dtype), w_ih.to(dtype), None if b is None else b.to(dtype))
     return F.linear(x, w_ih, b)
 

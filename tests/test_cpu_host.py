@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Answers, Problem, assert_same_nonfinite, check, make_problem, same_bits, truth
+from helpers import Answers, Problem, assert_same_nonfinite, check, drawn, make_problem, same_bits, truth, ulps
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def library(shared_path: Path) -> ctypes.CDLL:
 def compile_library(target: Path) -> None:
     flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-shared", *os.environ.get("CXXFLAGS", "").split()]
     includes = [f"-I{ROOT}/tests/cpu_host", f"-I{ROOT}/csrc"]
-    sources = [ROOT / "tests/cpu_host/bfloat16.cpp", ROOT / "csrc/cpu/recurrence.cpp"]
+    sources = [ROOT / "tests/cpu_host/bfloat16.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("recurrence", "weight_gradient"))]
     alone = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler is slow with a sanitizer in it
     subprocess.run([CXX, *flags, *includes, *sources, "-o", target], check=True, env=alone)
 
@@ -141,3 +141,28 @@ def test_any_number_of_threads_has_the_same_bits(run: Run, size: dict, gain: flo
     one = run(p, 1)
     for threads in (2, 5):
         assert same_bits(one, run(p, threads))
+
+
+@pytest.mark.parametrize("rows", [(0,), (1,), (8,), (9,), (130, 3), (5, 0, 271)], ids=str)
+@pytest.mark.parametrize(("H", "I"), [(1, 1), (8, 8), (9, 137), (40, 7), (7, 260)])
+def test_weight_gradient(library: ctypes.CDLL, run: Run, rows: tuple[int, ...], H: int, I: int) -> None:
+    """Rounded once, with rows that have gaps, and the same bits on any number of threads. A block has 8 rows and as many
+    columns here; 128 of each are packed at once."""
+    deltas, xs = ([drawn(i, n, width + 3).bfloat16()[:, :width] for i, n in enumerate(rows)] for width in (H, I))
+    true = sum(d.double().T @ x.double() for d, x in zip(deltas, xs))
+
+    def computed(threads: int) -> Tensor:
+        grad = torch.full((H, I), 7, dtype=torch.bfloat16)
+        of_each = ctypes.c_void_p * len(rows)
+        left = library.host_weight_gradient(
+            ctypes.c_int64(len(rows)), (ctypes.c_int64 * len(rows))(*rows),
+            *(of_each(*(v.data_ptr() for v in side)) for side in (deltas, xs)),
+            *map(ctypes.c_int64, (H + 3, I + 3, H, I)), ctypes.c_void_p(grad.data_ptr()), threads,
+        )  # fmt: skip
+        assert left == 0
+        return grad
+
+    one = computed(1)
+    assert ulps(one, true, torch.bfloat16) <= 0.5 + sum(rows) * 2.0**-17
+    for threads in (2, 5):
+        assert same_bits([one], [computed(threads)])

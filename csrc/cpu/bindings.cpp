@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cpu/recurrence.h"
+#include "cpu/weight_gradient.h"
 #include "walkable.h"
 
 namespace rnnkern::cpu {
@@ -273,6 +274,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
   return {out.delta, out.grad_h0[0], out.grad_h0[1], stats};
 }
 
+Tensor weight_gradient_op(std::vector<Tensor> delta, std::vector<Tensor> x) {
+  STD_TORCH_CHECK(
+      !delta.empty() && delta.size() == x.size(), "delta and x must be as many tensors each, got ", delta.size(), " and ",
+      x.size());
+  STD_TORCH_CHECK(
+      has_weight_gradient(dtype_of(delta[0])), "weight_gradient is for bfloat16 on processors with AMX, got ",
+      torch::headeronly::toString(delta[0].scalar_type()), " with the instruction set ", instruction_set().name);
+  std::vector<RowPair> pairs;
+  for (size_t i = 0; i < delta.size(); ++i) {
+    check_same("delta", delta[i], "delta[0]", delta[0]);
+    check_same("x", x[i], "delta[0]", delta[0]);
+    STD_TORCH_CHECK(delta[i].dim() == 2, "delta must have shape (N, H), got ", words(shape(delta[i])));
+    STD_TORCH_CHECK(x[i].dim() == 2, "x must have shape (N, I), got ", words(shape(x[i])));
+    check_shape("delta", delta[i], {delta[i].size(0), delta[0].size(1)});
+    check_shape("x", x[i], {delta[i].size(0), x[0].size(1)});
+    const auto dense = [](Tensor& rows) { rows = rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows); };
+    dense(delta[i]), dense(x[i]);
+    pairs.push_back({delta[i].data_ptr(), x[i].data_ptr(), x[i].size(0), delta[i].stride(0), x[i].stride(0)});
+  }
+  const int64_t H = delta[0].size(1), I = x[0].size(1);
+  const Tensor grad = torch::stable::new_empty(delta[0], Shape{H, I});
+  weight_gradient({pairs.data(), static_cast<int64_t>(pairs.size()), H, I, grad.data_ptr()}, threads());
+  return grad;
+}
+
 std::string isa() { return instruction_set().name; }
 
 std::vector<std::string> isas() {
@@ -292,6 +318,7 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("recurrence_backward", TORCH_BOX(&rnnkern::cpu::recurrence_backward_op));
   m.impl("recurrence_backward_stats", TORCH_BOX(&rnnkern::cpu::recurrence_backward_stats_op));
   m.impl("bidirectional_", TORCH_BOX(&rnnkern::cpu::bidirectional_in_place_op));
+  m.impl("weight_gradient", TORCH_BOX(&rnnkern::cpu::weight_gradient_op));
   m.impl("layers", TORCH_BOX(&rnnkern::cpu::layers_op));
   m.impl("bidirectional_backward", TORCH_BOX(&rnnkern::cpu::bidirectional_backward_op));
 }

@@ -27,6 +27,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cpu/tiles.inc"
 #include "cpu/squares.inc"
 #include "cpu/chain.inc"
+#include "cpu/weight_gradient.inc"
 
 // A process has to ask the system for tiles, once: what it saves of a thread grows by 8 KB.
 static bool may_use_tiles() {
@@ -45,7 +46,7 @@ static bool supported() {
 
 }  // namespace amx
 
-extern const InstructionSet kAmx = {"amx", amx::supported, {nullptr, nullptr, &amx::kKernels<amx::BFloat16>, nullptr}};
+extern const InstructionSet kAmx = {"amx", amx::supported, {nullptr, nullptr, &amx::kKernels<amx::BFloat16>, nullptr}, &amx::kWeightGradient};
 
 }  // namespace rnnkern::cpu
 #endif

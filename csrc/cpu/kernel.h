@@ -101,10 +101,31 @@ struct Kernels {
 
 constexpr size_t kAlignment = 64;  // of packed and scratch
 
+// Rows of delta (n, H) and of x (n, I), with strides in elements.
+struct RowPair {
+  const void *delta, *x;
+  int64_t rows, delta_stride, x_stride;
+};
+
+// grad (H, I) <- the sum of delta' x over all pairs.
+struct WeightGradient {
+  const RowPair* pairs;
+  int64_t count, H, I;
+  void* grad;
+};
+
+// Its kernel, in bfloat16. Rows and columns of grad are divided in panels of so many.
+struct WeightGradientKernel {
+  int64_t panel;
+  size_t (*scratch_bytes)(int64_t panels);  // for so many panels of rows
+  void (*run)(const WeightGradient&, int64_t row0, int64_t row1, int64_t column0, int64_t column1, void* scratch);
+};
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  const Kernels* kernels[kDtypes];  // null: those of the next set are as good
+  const Kernels* kernels[kDtypes];                        // null: those of the next set are as good
+  const WeightGradientKernel* weight_gradient = nullptr;  // null: PyTorch's product is as good
 };
 
 // One per isa_*.cpp.

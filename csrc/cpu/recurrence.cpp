@@ -6,12 +6,11 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/flush.h"
 #include "cpu/team.h"
 
@@ -50,15 +49,6 @@ const Kernels& kernels_of(Dtype dtype) {
   while (*set != &instruction_set()) ++set;
   while (!(*set)->kernels[dtype]) ++set;
   return *(*set)->kernels[dtype];
-}
-
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-
-Buffer allocate(size_t bytes) {
-  return Buffer(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{kAlignment}));
 }
 
 // Where the i-th of `parts` runs of samples begins, which have about the same number of rows over all steps. A packed

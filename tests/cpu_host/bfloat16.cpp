@@ -3,9 +3,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/recurrence.h"
+#include "cpu/weight_gradient.h"
 
 #define RNNKERN_INTRINSICS 0
 #define RNNKERN_BFLOAT16_PRODUCTS 1
@@ -23,13 +25,14 @@ constexpr int kMaxSums = 24;
 #include "cpu/tiles.inc"
 #include "cpu/squares.inc"
 #include "cpu/chain.inc"
+#include "cpu/weight_gradient.inc"
 
 }  // namespace host
 
 static bool yes() { return true; }
 static bool no() { return false; }
 
-extern const InstructionSet kAmx = {"amx", yes, {nullptr, nullptr, &host::kKernels<host::BFloat16>, nullptr}};
+extern const InstructionSet kAmx = {"amx", yes, {nullptr, nullptr, &host::kKernels<host::BFloat16>, nullptr}, &host::kWeightGradient};
 extern const InstructionSet kAvx512Bf16 = {"", no, {}}, kAvx512 = kAvx512Bf16, kAvx2 = kAvx512Bf16, kGeneric = kAvx512Bf16;
 
 }  // namespace rnnkern::cpu
@@ -51,6 +54,20 @@ extern "C" int host_run(
   } else {
     recurrence({{{steps, rows(input), rows(initial), rows(output)}, w}}, kBFloat16, f, threads);
   }
+  return host::threads_with_tiles;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return -1;
+}
+
+// Of `count` pairs, whose rows lie `delta_stride` and `x_stride` apart; grad (H, I) is contiguous. Returns as host_run does.
+extern "C" int host_weight_gradient(
+    int64_t count, const int64_t* rows, void* const* delta, void* const* x, int64_t delta_stride, int64_t x_stride,
+    int64_t H, int64_t I, void* grad, int threads) try {
+  using namespace rnnkern::cpu;
+  std::vector<RowPair> pairs;
+  for (int64_t i = 0; i < count; ++i) pairs.push_back({delta[i], x[i], rows[i], delta_stride, x_stride});
+  weight_gradient({pairs.data(), count, H, I, grad}, threads);
   return host::threads_with_tiles;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

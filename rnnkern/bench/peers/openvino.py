@@ -53,7 +53,7 @@ class OpenVino(Peer):
         request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
         output = request.get_output_tensor().data
 
-        def call(i: int) -> None:
+        def call(i: int, shared: np.ndarray = x) -> None:  # the request does not keep its input
             request.infer()
 
         def answers(result: None) -> Answers:

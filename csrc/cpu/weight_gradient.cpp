@@ -1,0 +1,37 @@
+// The driver of the weight gradient: divides its rows and columns among a thread team.
+#include "cpu/weight_gradient.h"
+
+#include <algorithm>
+
+#include "cpu/buffer.h"
+#include "cpu/recurrence.h"
+#include "cpu/team.h"
+
+namespace rnnkern::cpu {
+
+bool has_weight_gradient(Dtype dtype) { return dtype == kBFloat16 && instruction_set().weight_gradient; }
+
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kWorkPerThread = 1 << 21;
+
+void weight_gradient(const WeightGradient& job, int threads) {
+  const WeightGradientKernel& kernel = *instruction_set().weight_gradient;
+  const int64_t height = (job.H + kernel.panel - 1) / kernel.panel, width = (job.I + kernel.panel - 1) / kernel.panel;
+  if (height == 0 || width == 0) return;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < job.count; ++i) rows += job.pairs[i].rows;
+  const double work = static_cast<double>(rows) * job.H * job.I;
+  const int64_t useful = std::min<int64_t>(threads, static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1);
+  // Each packs all of x for its columns; so first the rows are divided.
+  const int64_t down = std::min(useful, height), across = std::min(useful / down, width);
+  run_team(static_cast<int>(down * across), [&](int me, int size) {
+    for (int64_t part = me; part < down * across; part += size) {
+      const int64_t i = part % down, j = part / down;
+      const int64_t a0 = height * i / down, a1 = height * (i + 1) / down;
+      const Buffer scratch = allocate(kernel.scratch_bytes(a1 - a0));
+      kernel.run(job, a0, a1, width * j / across, width * (j + 1) / across, scratch.get());
+    }
+  });
+}
+
+}  // namespace rnnkern::cpu
