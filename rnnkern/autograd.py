@@ -167,8 +167,8 @@ def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tens
     return *ops.recurrence_backward(backend, *chain), None
 
 
-#: Multiply-adds that take about as long as the question whether somebody wants them: 42 µs on a Xeon, as it is answered by
-#: an exception (see below).
+#: Multiply-adds that take about as long as the question whether somebody wants them: 42 µs on a Xeon, as an exception
+#: answers it (see below).
 _WORK_OF_ASKING = 1 << 21
 
 

@@ -39,7 +39,10 @@ def library(shared_path: Path) -> ctypes.CDLL:
 def compile_library(target: Path) -> None:
     flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-shared", *os.environ.get("CXXFLAGS", "").split()]
     includes = [f"-I{ROOT}/tests/cpu_host", f"-I{ROOT}/csrc"]
-    sources = [ROOT / "tests/cpu_host/bfloat16.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("recurrence", "weight_gradient"))]
+    sources = [
+        ROOT / "tests/cpu_host/bfloat16.cpp",
+        *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("recurrence", "weight_gradient")),
+    ]
     alone = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler is slow with a sanitizer in it
     subprocess.run([CXX, *flags, *includes, *sources, "-o", target], check=True, env=alone)
 
@@ -146,7 +149,7 @@ def test_any_number_of_threads_has_the_same_bits(run: Run, size: dict, gain: flo
 @pytest.mark.parametrize("rows", [(0,), (1,), (8,), (9,), (130, 3), (5, 0, 271)], ids=str)
 @pytest.mark.parametrize(("H", "I"), [(1, 1), (8, 8), (9, 137), (40, 7), (7, 260)])
 def test_weight_gradient(library: ctypes.CDLL, run: Run, rows: tuple[int, ...], H: int, I: int) -> None:
-    """Rounded once, with rows that have gaps, and the same bits on any number of threads. A block has 8 rows and as many
+    """Rounded once, with rows that have gaps, and the same bits on any number of threads. A block has 8 rows and
     columns here; 128 of each are packed at once."""
     deltas, xs = ([drawn(i, n, width + 3).bfloat16()[:, :width] for i, n in enumerate(rows)] for width in (H, I))
     true = sum(d.double().T @ x.double() for d, x in zip(deltas, xs))

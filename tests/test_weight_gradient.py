@@ -125,7 +125,9 @@ def test_module(tiles: None, case: str, monkeypatch: pytest.MonkeyPatch) -> None
         with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast" and of != torch.float64):
             output, h_n = module(given)
         rows = output.data if case == "packed" else output
-        torch.autograd.backward([rows, h_n], [halves(4, *rows.shape).to(rows.dtype), halves(5, *h_n.shape).to(h_n.dtype)])
+        torch.autograd.backward(
+            [rows, h_n], [halves(4, *rows.shape).to(rows.dtype), halves(5, *h_n.shape).to(h_n.dtype)]
+        )
         return {"x": leaf.grad, **{name: p.grad for name, p in module.named_parameters()}}
 
     with Calls() as calls:
@@ -133,7 +135,10 @@ def test_module(tiles: None, case: str, monkeypatch: pytest.MonkeyPatch) -> None
     layers = options.get("num_layers", 1)
     # of W_ih and W_hh: where somebody looks at the operators, each direction has its own
     assert calls.counts["weight_gradient"] == layers * (4 if options.get("bidirectional") else 2)
-    plains, true = run(nn.RNN(24, 40, **options).to(dtype), dtype), run(nn.RNN(24, 40, **options).double(), torch.float64)
+    plains, true = (
+        run(nn.RNN(24, 40, **options).to(dtype), dtype),
+        run(nn.RNN(24, 40, **options).double(), torch.float64),
+    )
     for name in true:
         assert_as_good(name, ours[name].bfloat16(), plains[name].bfloat16(), true[name])
 

@@ -276,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
 
 Tensor weight_gradient_op(std::vector<Tensor> delta, std::vector<Tensor> x) {
   STD_TORCH_CHECK(
-      !delta.empty() && delta.size() == x.size(), "delta and x must be as many tensors each, got ", delta.size(), " and ",
-      x.size());
+      !delta.empty() && delta.size() == x.size(), "delta and x must be as many tensors each, got ", delta.size(),
+      " and ", x.size());
   STD_TORCH_CHECK(
       has_weight_gradient(dtype_of(delta[0])), "weight_gradient is for bfloat16 on processors with AMX, got ",
       torch::headeronly::toString(delta[0].scalar_type()), " with the instruction set ", instruction_set().name);

@@ -46,7 +46,8 @@ static bool supported() {
 
 }  // namespace amx
 
-extern const InstructionSet kAmx = {"amx", amx::supported, {nullptr, nullptr, &amx::kKernels<amx::BFloat16>, nullptr}, &amx::kWeightGradient};
+extern const InstructionSet kAmx = {
+    "amx", amx::supported, {nullptr, nullptr, &amx::kKernels<amx::BFloat16>, nullptr}, &amx::kWeightGradient};
 
 }  // namespace rnnkern::cpu
 #endif

@@ -24,12 +24,15 @@ void weight_gradient(const WeightGradient& job, int threads) {
   const int64_t useful = std::min<int64_t>(threads, static_cast<int64_t>(std::min(work / kWorkPerThread, 1e9)) + 1);
   // Each packs all of x for its columns; so first the rows are divided.
   const int64_t down = std::min(useful, height), across = std::min(useful / down, width);
-  run_team(static_cast<int>(down * across), [&](int me, int size) {
-    for (int64_t part = me; part < down * across; part += size) {
+  const int64_t parts = down * across;
+  const size_t bytes = kernel.scratch_bytes((height + down - 1) / down);
+  const Buffer scratch = allocate(parts * bytes);
+  run_team(static_cast<int>(parts), [&](int me, int size) {
+    for (int64_t part = me; part < parts; part += size) {
       const int64_t i = part % down, j = part / down;
-      const int64_t a0 = height * i / down, a1 = height * (i + 1) / down;
-      const Buffer scratch = allocate(kernel.scratch_bytes(a1 - a0));
-      kernel.run(job, a0, a1, width * j / across, width * (j + 1) / across, scratch.get());
+      kernel.run(
+          job, height * i / down, height * (i + 1) / down, width * j / across, width * (j + 1) / across,
+          static_cast<char*>(scratch.get()) + part * bytes);
     }
   });
 }
