@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnkern
+from rnnkern import autograd
 
 I, H, T, B = 5, 13, 6, 4
 GEMMS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
@@ -185,9 +186,12 @@ def test_cell() -> None:
     assert backward.gemms == {GRAD_W_IH: 1}
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["", "small"])
 @pytest.mark.parametrize("how", ["autograd.grad", "backward"])
-def test_gradients_of_some(how: str) -> None:
-    """Everything requires grad, and only the gradients of the input are asked for."""
+def test_gradients_of_some(how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything requires grad, and only the gradients of the input are asked for. Where the product for W_hh takes no
+    longer than the question, it is made."""
+    monkeypatch.setattr(autograd, "_WORK_OF_ASKING", T * B * H * H + small)
     module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
     loss = module(x)[0].square().mean()
     with Work() as backward:
@@ -195,7 +199,9 @@ def test_gradients_of_some(how: str) -> None:
             loss.backward(inputs=[x])
         else:
             torch.autograd.grad(loss, x)
-    assert backward.chains == {"recurrence_backward": 1} and backward.gemms == {GRAD_INPUT: 1} and not backward.sums
+    expected = {GRAD_INPUT: 1, GRAD_W_HH: 2} if small else {GRAD_INPUT: 1}  # the first step's and the others'
+    assert backward.chains == {"recurrence_backward": 1} and backward.gemms == expected and not backward.sums
+    assert x.grad is None if how == "autograd.grad" else all(p.grad is None for p in module.parameters())
 
 
 def test_statistics_that_nobody_receives() -> None:
