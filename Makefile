@@ -6,7 +6,7 @@
 # make bench-scaling  time and memory against T, B, H, threads, with fitted exponents
 # make bench-compare  EARLIER=file.json: the same grid again, compared by ratios; fails where something became slower
 # make results    docs/results.md from the runs in benchmarks/results
-# make bench-cpu  the grids ours and halves on the CPU: every size and mode, fp32 and bf16, all peers; twenty minutes
+# make bench-cpu  every size and mode on the CPU, fp32 and bf16, all peers, in one table; twenty minutes
 # make bench-pytest  the same sizes in pytest-benchmark against torch.nn.RNN, and what only the kernels' authors ask: short
 #                 sequences, both directions, layers, the share of the GEMM rate; the table goes to TABLE (build/bench-cpu.txt)
 # make gpu-test   the tests of the GPU backends on the GPU that is here
@@ -56,8 +56,7 @@ bench-compare: .venv/.stamp-bench .venv/.stamp-peers $(LIBRARY) .venv/.stamp-ins
 	$(RUN) -m rnnkern bench --compare $(EARLIER) --out build/bench $(ARGS)
 
 bench-cpu: .venv/.stamp-bench .venv/.stamp-peers $(LIBRARY) .venv/.stamp-install
-	$(RUN) -m rnnkern bench --device cpu --grid ours --out $(OUT_DIR) $(ARGS)
-	$(RUN) -m rnnkern bench --device cpu --grid halves --out $(OUT_DIR) $(ARGS)
+	$(RUN) -m rnnkern bench --device cpu --grid cpu --out $(OUT_DIR) $(ARGS)
 
 results: .venv/.stamp-bench $(LIBRARY) .venv/.stamp-install
 	$(RUN) benchmarks/page.py

@@ -75,7 +75,7 @@ def render(runs: dict[Path, Run], others: list[Path], page: Path) -> str:
 def section(run: Run) -> dict[str, Any]:
     """What the template shows of a run."""
     cells = rows_by_cell(run)
-    tables = []
+    tables = table.at_a_glance(cells)
     for mode, dtype in dict.fromkeys((cell.mode, cell.dtype) for cell in cells if not cell.series):
         chosen = {c: rows for c, rows in cells.items() if (c.mode, c.dtype, c.series) == (mode, dtype, "")}
         tables.append(times(f"{mode}, {dtype}: {MODES[mode]}", chosen))

@@ -128,6 +128,29 @@ def test_the_page_shows_who_wins(page: Any, tmp_path: Path) -> None:
     assert "(../results/box/quick.json)" in text and "../results/notes.txt" in text
 
 
+def test_at_a_glance() -> None:
+    """One table for all modes and dtypes, with the peers that each mode has."""
+    times = {"rnnkern cpu": [2e-5] * 4, "nn.RNN": [6e-5] * 4, "GEMM": [1e-6] * 4}
+    run = synthetic(times | {"nn.RNN (unwatched)": [1.0]})
+    assert table.at_a_glance(results.rows_by_cell(run)) == []
+    for mode, dtype, extra in (
+        ("infer", "fp32", {"JAX": [1e-5] * 4}),
+        ("infer", "bf16", {}),
+        ("record", "bf16", {"rnnkern cpu (unwatched)": [1.6e-5] * 4}),
+    ):
+        named = {**Cell(mode, 10, 4, 8, dtype=dtype).as_dict(), "status": "timed", "error": 1e-7}
+        run["rows"] += [{**named, "peer": peer, "seconds": seconds} for peer, seconds in (times | extra).items()]
+    next(row for row in run["rows"] if row["mode"] == "infer" and row["peer"] == "nn.RNN")["status"] = "one call"
+    (sheet,) = table.at_a_glance(results.rows_by_cell(run))
+    assert sheet.head == [
+        "dtype", "T, B, H", "infer, µs", "nn.RNN", "JAX", "of GEMM", "train, µs", "nn.RNN", "of GEMM", "recording adds",
+    ]  # fmt: skip
+    assert sheet.lines == [
+        ["fp32", "10, 4, 8", "2", "≈ 3", "0.50", "10%", "2", "3.00", "30%", ""],
+        ["bf16", "10, 4, 8", "2", "3.00", "", "10%", "", "", "", "+25.0%"],
+    ]
+
+
 def test_the_page_is_made_from_the_runs_that_are_kept(page: Any) -> None:
     runs, others = page.collect(ROOT / "benchmarks" / "results")
     path = ROOT / "docs" / "results.md"

@@ -48,6 +48,11 @@ def _halves(device: str) -> Iterator[Cell]:
             yield Cell(mode, OURS_T, B, H, dtype=dtype)
 
 
+def _cpu(device: str) -> Iterator[Cell]:
+    for dtype, (B, H), mode in product(("fp32", "bf16"), OURS, ("infer", "train", "last", "record")):
+        yield Cell(mode, OURS_T, B, H, dtype=dtype)
+
+
 def _watching(device: str) -> Iterator[Cell]:
     for mode in ("record", "watch", "figures"):
         yield Cell(mode, OURS_T, 64, 256)
@@ -127,6 +132,13 @@ GRIDS: dict[str, Grid] = {
     "quick": Grid("three sizes, every mode and peer: what `make bench` runs", _quick, 2.5, 170),
     "ours": Grid("the project's own sizes, every mode, fp32", _ours, 2.0, 600, ("torch.compile",)),
     "halves": Grid("the project's own sizes in bf16, and on a GPU in tf32 and fp16", _halves, 2.0, 600, _LONG),
+    "cpu": Grid(
+        "the project's own sizes on a CPU, fp32 and bf16, in one table: what `make bench-cpu` runs",
+        _cpu,
+        2.0,
+        1200,
+        _LONG,
+    ),
     "watching": Grid("what recording adds at B = 64, H = 256, in many rounds", _watching, 60.0, 240, _LONG[:1], 150),
     "scaling": Grid("time and memory against T, B, H, threads, chunks, layers", _scaling, 3.0, 420, (*_LONG, "GEMM")),
     "flashrnn": Grid("FlashRNN's published grid", _flashrnn, 20.0, 3600, _LONG),

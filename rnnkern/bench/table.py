@@ -24,6 +24,9 @@ class Sheet(NamedTuple):
     lines: list[list[str]]
 
 
+#: the modes of a run in one table
+GLANCED = ("infer", "train", "last")
+
 COSTS = ["mode", "T, B, H", "rnnkern, whole step", "added (quartiles)", "added, %", "loop, whole step"]
 COSTS += ["added to nn.RNN's", "to the loop's own", "the loop's cost over ours", "its step over ours"]
 
@@ -31,7 +34,7 @@ COSTS += ["added to nn.RNN's", "to the loop's own", "the loop's cost over ours",
 def tables(run: Run) -> RenderableType:
     """Everything: the machine, times by mode, the cost of measuring, scaling, and what was not timed."""
     cells = rows_by_cell(run)
-    parts: list[RenderableType] = [Text(headline(run))]
+    parts: list[RenderableType] = [Text(headline(run)), *map(_rich, at_a_glance(cells))]
     for mode, dtype in dict.fromkeys((cell.mode, cell.dtype) for cell in cells if not cell.series):
         chosen = {c: rows for c, rows in cells.items() if (c.mode, c.dtype, c.series) == (mode, dtype, "")}
         parts.append(_times(mode, dtype, chosen))
@@ -54,6 +57,55 @@ def headline(run: Run) -> str:
     if load is not None and load > 0.3 * machine["processors"]:
         lines.append(f"The machine was busy with something else before (load {load}): times wander, ratios less so.")
     return "\n".join(lines)
+
+
+def at_a_glance(cells: dict[Cell, dict[str, Row]]) -> list[Sheet]:
+    """All modes and dtypes in one table: rnnkern's time, and how many times as long each other peer takes; nothing
+    where there is one mode alone."""
+    chosen = {
+        (cell.dtype, size(cell), cell.mode): (cell, rows)
+        for cell, rows in cells.items()
+        if not cell.series and ours(rows) is not None
+    }
+    modes = [mode for mode in GLANCED if any(key[2] == mode for key in chosen)]
+    if len(modes) < 2:
+        return []
+    peers: dict[str, list[str]] = {mode: [] for mode in modes}
+    for (_, _, mode), (_, rows) in chosen.items():
+        for name, row in rows.items() if mode in modes else ():
+            other = not is_ours(name) and name != "GEMM" and not name.endswith(UNWATCHED)
+            if other and has_times(row) and name not in peers[mode]:
+                peers[mode].append(name)
+    recorded = any(key[2] == "record" for key in chosen)
+    head = ["dtype", "T, B, H"]
+    for mode in modes:
+        head += [f"{mode}, µs", *peers[mode], "of GEMM"]
+    lines = []
+    for dtype, sized in dict.fromkeys(key[:2] for key in chosen):
+        line = [dtype, sized]
+        for mode in modes:
+            if (dtype, sized, mode) not in chosen:
+                line += [""] * (2 + len(peers[mode]))
+                continue
+            cell, rows = chosen[dtype, sized, mode]
+            mine = rows[str(ours(rows))]
+            line.append(_micro(median(mine["seconds"]), cell))
+            line += [_times_as_long(rows[p], mine) if p in rows and has_times(rows[p]) else "" for p in peers[mode]]
+            line.append(share(cell, mine, rows))
+        if recorded:
+            _, rows = chosen.get((dtype, sized, "record"), (None, {}))
+            cost = cost_of_measuring(rows).get("rnnkern") if rows else None
+            plain = rows.get(f"{ours(rows)}{UNWATCHED}") if rows else None
+            line.append(f"{cost.median / median(plain['seconds']):+.1%}" if cost is not None and plain else "")
+        lines.append(line)
+    title = "at a glance: rnnkern's µs a step, and how many times as long the others take"
+    return [Sheet(title, [*head, "recording adds"] if recorded else head, lines)]
+
+
+def _times_as_long(row: Row, mine: Row) -> str:
+    """The factor without its quartiles."""
+    middle = spread(ratios(row["seconds"], mine["seconds"])).median
+    return f"{middle:.2f}" if row["status"] == mine["status"] == "timed" else f"≈ {middle:.2g}"
 
 
 def _times(mode: str, dtype: str, cells: dict[Cell, dict[str, Row]]) -> Table:
