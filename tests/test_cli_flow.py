@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,14 @@ from rnnkern.train.training import Training
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 SIZES = ["--length", "10", "--hidden-size", "8", "--batch-size", "4", "--every", "2"]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal, also where the tests run in the background, and so ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -134,10 +143,13 @@ def test_ctrl_c_in_a_terminal(flow_needs: None, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdout is not None
-    assert any("gradient flow every" in line for line in process.stdout)  # from here on the signal is noticed
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=120)
+    try:
+        assert process.stdout is not None
+        assert any("gradient flow every" in line for line in process.stdout)  # from here on the signal is noticed
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert (process.returncode, errors) == (130, "")
     done = stored(tmp_path / "flow.pt")["state"]["done"]
     assert f"interrupted after {done} of 1000000 steps" in printed
