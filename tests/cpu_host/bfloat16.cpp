@@ -1,4 +1,5 @@
-// csrc/cpu/isa_amx.cpp over the twin of its instructions, as the only set of the driver, for tests/test_cpu_host.py.
+// csrc/cpu/isa_amx.cpp over the twin of its instructions, as the only set of the driver, for tests/test_cpu_host.py; without
+// HOST_TILES, isa_avx512_bf16.cpp.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +23,9 @@ constexpr int kMaxSums = 24;
 #include "cpu/tanh.inc"
 #include "cell.h"
 #include "cpu/product.inc"
+#if HOST_TILES
 #include "cpu/tiles.inc"
+#endif
 #include "cpu/squares.inc"
 #include "cpu/chain.inc"
 #include "cpu/weight_gradient.inc"
