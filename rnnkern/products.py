@@ -33,7 +33,8 @@ CHUNK = 1 << 18
 #: Same machine; the break-even lies at 10 to 60 rows for H = 256 and 1024, and at about 64 for H = 64.
 LEAST_ROWS, LEAST_WORK = 16, 1 << 18  # N, and N·I·H
 
-#: The same for the kernel on tiles, which pays for a node of the graph in Python.
+#: The same for the kernel on tiles, which pays for a node of the graph in Python. An estimate: at this size,
+#: (N, I, H) = (4096, 64, 64), it saves about 80 µs on two threads of a Xeon.
 LEAST_WORK_ON_TILES = 1 << 24
 
 
