@@ -41,9 +41,20 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
       "layers(Tensor input, Tensor? h0, Tensor[] weights, bool has_biases, bool bidirectional, str nonlinearity) "
       "-> (Tensor, Tensor)");
 
-  // The sum over pairs of delta' x (H, I), for delta (N, H) and x (N, I) of as many rows. On the CPU alone, in bfloat16, and
-  // where cpu_isa() is 'amx'.
+  // The backward of such a net of one layer and direction: grad_h like h (T, B, H), grad_hn and h0 (1, B, H), x (T, B, I).
+  // Returns the gradients that are wanted of x, w_ih, either bias and w_hh; that of h0; and stats as above.
+  m.def(
+      "layer_backward(Tensor grad_h, Tensor? grad_hn, Tensor x, Tensor w_ih, Tensor h, Tensor h0, Tensor w_hh, "
+      "str nonlinearity, float clip, bool for_x, bool for_w_ih, bool for_b, bool for_w_hh, bool with_stats) "
+      "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor, Tensor?)");
+
+  // The sum over pairs of delta' x (H, I), for delta (N, H) and x (N, I) of as many rows; and delta w (N, I), for w (H, I).
+  // Subnormals are flushed to zero, and rows of zeros left out. On the CPU alone.
   m.def("weight_gradient(Tensor[] delta, Tensor[] x) -> Tensor");
+  m.def("input_gradient(Tensor delta, Tensor w) -> Tensor");
+
+  // begin, end, begin, end, ... of the rows that those do not leave out: outside of them delta is 0 and x finite.
+  m.def("needed_rows(Tensor delta, Tensor x) -> int[]");
 
   // The instruction set that the CPU kernels use here, and all that this build and this machine could use.
   m.def("cpu_isa() -> str");

@@ -59,11 +59,7 @@ class RNNFunction(torch.autograd.Function):
         if grad_h is None:
             grad_h = h.new_zeros(()).expand_as(h)
         chain = (grad_h, grad_hn, h, h0, w_hh, batch_sizes, reverse, nonlinearity, clip)
-        with_stats = ctx.tapped and is_wanted(ctx, 3)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            delta, grad_h0, stats = RNNBackwardFunction.apply(*chain, backend, with_stats)
-        else:
-            delta, grad_h0, stats = _backward(backend, with_stats, *chain)
+        delta, grad_h0, stats = backward_chain(backend, ctx.tapped and is_wanted(ctx, 3), *chain)
         work = delta.numel() * h.shape[-1]
         grad_w_hh = grad_w_hh_of(delta, h, h0, batch_sizes, reverse) if is_wanted(ctx, 2, work) else None
         return delta, grad_h0, grad_w_hh, stats, None, None, None, None, None, None
@@ -161,6 +157,13 @@ def _reference_chain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, Tensor]], tu
     return chain, tuple(x for x in tensors if x is not None)
 
 
+def backward_chain(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """delta, grad_h0 and the statistics, differentiable where this backward may be differentiated itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return RNNBackwardFunction.apply(*chain, backend, with_stats)
+    return _backward(backend, with_stats, *chain)
+
+
 def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if with_stats:
         return ops.recurrence_backward_stats(backend, *chain)
@@ -172,16 +175,16 @@ def _backward(backend: str, with_stats: bool, *chain: Any) -> tuple[Tensor, Tens
 _WORK_OF_ASKING = 1 << 21
 
 
-def is_wanted(ctx: Any, index: int, work: float = INF) -> bool:
+def is_wanted(ctx: Any, index: int, work: float = INF, absent: int = 0) -> bool:
     """Whether this backward pass has a use for the gradient of an input, which takes ``work`` multiply-adds:
     ``needs_input_grad`` knows only whether some pass may have one, and ``autograd.grad(loss, x)`` has none for those of
-    the weights."""
+    the weights. ``absent`` of the inputs before this one were None, which has no edge in the graph."""
     if not ctx.needs_input_grad[index] or torch.compiler.is_compiling() or is_transformed():
         return ctx.needs_input_grad[index]
     if work < _WORK_OF_ASKING:
         return True
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+        return torch._C._will_engine_execute_node(ctx.next_functions[index - absent][0])
     except RuntimeError:  # it does not answer for a leaf whose gradient is to be returned: that one is wanted
         return True
 

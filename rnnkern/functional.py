@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnkern import backends, both_directions, extension, loop, ops, products, projection
-from rnnkern.autograd import INF, is_observed, is_transformed, recurrence, wants_gradient
+from rnnkern import backends, both_directions, layer_function, loop, ops, projection
+from rnnkern.autograd import INF, recurrence, wants_gradient
+from rnnkern.layer_function import LayerWeights
 
-#: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
-LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 #: weight (H), bias (H) of a layer normalisation
 NormWeights = tuple[Tensor, Tensor]
 #: (layer, direction) -> the tap of that recurrence in one forward: a (4, T, B) float64 tensor that requires grad
@@ -81,7 +80,7 @@ def rnn(
         h0 = h0.to(autocast)
         weights = [(w_ih, w_hh.to(autocast), b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh in weights]
     states: list[Tensor] = []
-    final_states: list[Tensor] = []
+    final_states: list[Tensor] = []  # (B, H) each, or (1, B, H)
     layers = len(weights) // directions
     masked = recurrent_dropout > 0 and training
     options: dict[str, Any] = dict(batch_sizes=batch_sizes, nonlinearity=nonlinearity, clip=clip)
@@ -102,10 +101,25 @@ def rnn(
         return recurrence(z, state, w_hh, reverse=direction == 1, tap=tap, **options)
 
     plain = not masked and layer_norm is None
+    is_fused = (
+        plain
+        and not bidirectional
+        and batch_sizes is None
+        and input.shape[0] > 1  # a single step is no chain, and goes its own way
+        and all((b_ih is None) == (b_hh is None) for _, _, b_ih, b_hh in weights)
+        and layer_function.serves([input, h0, *(w for of_layer in weights for w in of_layer if w is not None)])
+    )
     for layer in range(layers):
         first, end = layer * directions, (layer + 1) * directions
-        pair = h0[first], h0[end - 1]
-        if bidirectional and plain and both_directions.serves(input, pair, weights[first:end], batch_sizes):
+        if is_fused:
+            state = h0 if layers == 1 else h0[first:end]
+            tap = None if taps is None else functools.partial(taps, layer, 0)
+            joined, *h_n = layer_function.layer(input, state, weights[layer], nonlinearity, clip, tap)
+        elif (
+            bidirectional
+            and plain
+            and both_directions.serves(input, pair := (h0[first], h0[end - 1]), weights[first:end], batch_sizes)
+        ):
             w_ih, w_hh, b_ih, b_hh = zip(*weights[first:end])
             biases = _sum(b_ih[0], b_hh[0]), _sum(b_ih[1], b_hh[1])
             tap = None if taps is None else functools.partial(taps, layer)
@@ -122,6 +136,8 @@ def rnn(
         input = joined + input if residual and layer > 0 else joined
         if dropout > 0 and training and layer < layers - 1:
             input = F.dropout(input, dropout)
+    if is_fused:
+        return Output(input, final_states[0] if layers == 1 else torch.cat(final_states), states)
     # Under autograd never a view: what hooks hang on a view, FSDP's among them, a write to it would cut off.
     is_view = len(final_states) == 1 and not final_states[0].requires_grad
     return Output(input, final_states[0][None] if is_view else torch.stack(final_states), states)
@@ -140,37 +156,30 @@ def at_once(
     weights: Sequence[LayerWeights],
     nonlinearity: str,
     bidirectional: bool,
+    clip: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """A plain net without gradients on a CPU, in one call: where it is short, the way through :func:`rnn` would take
-    longer than the net.
+    """A plain net on a CPU: where it is short, the way through :func:`rnn` would take longer than the net. Without
+    gradients it is one call.
 
     Returns output and h_n, or None where the call is of another kind or something does not fit.
     """
     flat = [w for of_layer in weights for w in of_layer if w is not None]
     given = [input, *flat] if h0 is None else [input, *flat, h0]
-    dtype, T, B = input.dtype, input.shape[0], input.shape[1]
-    if (
-        torch.compiler.is_compiling()
-        or backends.is_named(other_than="cpu")
-        or wants_gradient(*given)
-        or is_transformed()
-        or is_observed()
-        or torch._C._is_any_autocast_enabled()
-        or torch.jit.is_tracing()
-        or not all(products.is_plain(x) and x.dtype is dtype for x in given)
-    ):
+    T, B, H = input.shape[0], input.shape[1], flat[1].shape[0]
+    with_gradient = wants_gradient(*given)
+    if (with_gradient and (bidirectional or T == 1)) or not layer_function.serves(given):
         return None
-    H = flat[1].shape[0]
     if input.shape[2] != flat[0].shape[1] or not (h0 is None or h0.shape == (len(weights), B, H)):
         return None
+    if with_gradient:
+        h0 = input.new_zeros(len(weights), B, H) if h0 is None else h0
+        return layer_function.layers(input, h0, weights, nonlinearity, clip)
     has_biases = len(flat) > 2 * len(weights)
     if T == 1 and not backends.is_named():  # no chain: as in streaming, torch.nn.RNN's own operator does it all
         operator = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu
         layers = len(weights) // (2 if bidirectional else 1)
         h0 = input.new_zeros(len(weights), B, H) if h0 is None else h0
         return operator(input, h0, flat, has_biases, layers, 0.0, False, bidirectional, False)
-    if T == 0 or dtype not in (torch.float32, torch.float64) or extension.unavailable() is not None:
-        return None  # of the halves rnnkern.products makes the projection
     return ops.layers(input, h0, flat, has_biases, bidirectional, nonlinearity)
 
 

@@ -213,7 +213,7 @@ class RNN(nn.RNNBase):
         T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
         weights = self._weights()
         if batch_sizes is None and self.tap is None and not with_states and self._is_plain():
-            done = at_once(input, hx, weights, self.nonlinearity, self.bidirectional)
+            done = at_once(input, hx, weights, self.nonlinearity, self.bidirectional, self.clip)
             if done is not None:
                 return Output(*done, [])
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
@@ -246,7 +246,7 @@ class RNN(nn.RNNBase):
         return result._replace(h_n=result.h_n.index_select(1, unsorted_indices))
 
     def _is_plain(self) -> bool:
-        """Whether a forward without gradients is that of a torch.nn.RNN without dropout."""
+        """Whether a forward is that of a torch.nn.RNN without dropout."""
         drops = self.training and (self.dropout > 0 or self.recurrent_dropout > 0)
         return self.layer_norm is None and not self.residual and not drops
 

@@ -116,9 +116,35 @@ def layers(
     return torch.ops.rnnkern.layers.default(input, h0, weights, has_biases, bidirectional, nonlinearity)
 
 
+def layer_backward(
+    grad_h: Tensor,  # like h
+    grad_hn: Tensor | None,  # (1, B, H)
+    x: Tensor,  # (T, B, I), T > 0
+    w_ih: Tensor,  # (H, I)
+    h: Tensor,  # (T, B, H)
+    h0: Tensor,  # (1, B, H)
+    w_hh: Tensor,  # (H, H)
+    nonlinearity: str,
+    clip: float,
+    *wanted: bool,  # the gradients of x, w_ih, b and w_hh, and the statistics
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """The gradients of x, w_ih, either bias, w_hh and h0 of a plain layer, and stats as above, on a CPU."""
+    return torch.ops.rnnkern.layer_backward.default(grad_h, grad_hn, x, w_ih, h, h0, w_hh, nonlinearity, clip, *wanted)
+
+
 def weight_gradient(delta: list[Tensor], x: list[Tensor]) -> Tensor:
-    """The sum of δᵀ x (H, I) over pairs of δ (N, H) and x (N, I), in bfloat16 on a CPU with AMX."""
+    """The sum of δᵀ x (H, I) over pairs of δ (N, H) and x (N, I), on a CPU, with subnormals flushed to zero."""
     return torch.ops.rnnkern.weight_gradient.default(delta, x)
+
+
+def input_gradient(delta: Tensor, w: Tensor) -> Tensor:
+    """δ W (N, I) for δ (N, H) and w (H, I), on a CPU, with subnormals flushed to zero."""
+    return torch.ops.rnnkern.input_gradient.default(delta, w)
+
+
+def needed_rows(delta: Tensor, x: Tensor) -> list[int]:
+    """begin, end, begin, end, ... of the rows that these two do not leave out: outside of them δ is 0 and x finite."""
+    return torch.ops.rnnkern.needed_rows.default(delta, x)
 
 
 def _fake_recurrence(z, h0, w_hh, batch_sizes, reverse, nonlinearity):  # type: ignore[no-untyped-def]
@@ -202,12 +228,30 @@ def _fake_layers(input, h0, weights, has_biases, bidirectional, nonlinearity):  
     return input.new_empty((T, B, directions * H)), input.new_empty((chains, B, H))
 
 
+def _fake_layer_backward(  # type: ignore[no-untyped-def]
+    grad_h, grad_hn, x, w_ih, h, h0, w_hh, nonlinearity, clip, for_x, for_w_ih, for_b, for_w_hh, with_stats
+):
+    def empty(like, wanted):  # type: ignore[no-untyped-def]
+        return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
+
+    T, B, H = h.shape
+    stats = h.new_empty((4, T, B), dtype=torch.float64) if with_stats else None
+    grad_b = h.new_empty(H) if for_b else None
+    return empty(x, for_x), empty(w_ih, for_w_ih), grad_b, empty(w_hh, for_w_hh), empty(h0, True), stats
+
+
 def _fake_weight_gradient(delta, x):  # type: ignore[no-untyped-def]
     return delta[0].new_empty(delta[0].shape[1], x[0].shape[1])
 
 
+def _fake_input_gradient(delta, w):  # type: ignore[no-untyped-def]
+    return delta.new_empty(delta.shape[0], w.shape[1])
+
+
 if extension.unavailable() is None:
     torch.library.register_fake("rnnkern::weight_gradient")(_fake_weight_gradient)
+    torch.library.register_fake("rnnkern::input_gradient")(_fake_input_gradient)
+    torch.library.register_fake("rnnkern::layer_backward")(_fake_layer_backward)
     torch.library.register_fake("rnnkern::layers")(_fake_layers)
     torch.library.register_fake("rnnkern::bidirectional_")(_fake_bidirectional_)
     torch.library.register_fake("rnnkern::bidirectional_backward")(_fake_bidirectional_backward)

@@ -1,11 +1,15 @@
-"""Products over all rows of a sequence in bfloat16 and float16, where PyTorch's are slow.
+"""Products over all rows of a sequence, where PyTorch's are slow.
 
-Where the processor has no instructions for them PyTorch multiplies in plain loops, up to 50 times slower than in
-float32. Here the rows are widened to float32, some at a time, multiplied and summed in float32, and rounded once. Each
-product is in place or has an ``out=``, which autocast leaves alone.
+In bfloat16 and float16, where the processor has no instructions for them, PyTorch multiplies in plain loops, up to 50
+times slower than in float32. Here the rows are widened to float32, some at a time, multiplied and summed in float32,
+and rounded once. Each product is our own operator's or has an ``out=``, which autocast leaves alone.
 
 Where it has tiles of bfloat16 (AMX) PyTorch's products are fast, but for the gradient of a weight, which sums over the
 rows: for that one there is a kernel (csrc/cpu/weight_gradient.inc).
+
+In every dtype a chain that vanishes leaves the products after it with zeros, and with what some processors take a
+hundred times as long for, subnormal numbers: ``rnnkern::input_gradient`` and ``weight_gradient`` leave out the rows of
+zeros, and flush subnormals. For a layer that :mod:`rnnkern.layer` serves, all of this is done in its own operator.
 """
 
 from __future__ import annotations
@@ -33,20 +37,23 @@ CHUNK = 1 << 18
 #: Same machine; the break-even lies at 10 to 60 rows for H = 256 and 1024, and at about 64 for H = 64.
 LEAST_ROWS, LEAST_WORK = 16, 1 << 18  # N, and N·I·H
 
-#: The same for the kernel on tiles, which pays for a node of the graph in Python. An estimate: at this size,
-#: (N, I, H) = (4096, 64, 64), it saves about 80 µs on two threads of a Xeon.
+#: The same where PyTorch's products are fast: what is to win has to pay for a node of the graph in Python. The kernel on
+#: tiles saves about 80 µs at this size, (N, I, H) = (4096, 64, 64), on two threads of a Xeon (an estimate).
 LEAST_WORK_ON_TILES = 1 << 24
+#: Elsewhere only a chain that vanishes wins; others lose about 130 µs, 2 % of a training step of this size.
+LEAST_WORK_THAT_VANISHES = 1 << 27
 
 
 def takes(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
     """Whether products in ``dtype`` of rows, (N, I) or (T, B, I), with ``width`` numbers for each are for this
     module."""
     return widens(dtype, rows, width) or (
-        rows.numel() * width >= LEAST_WORK_ON_TILES
+        rows.numel() * width >= (LEAST_WORK_ON_TILES if has_tiles(dtype) else LEAST_WORK_THAT_VANISHES)
+        and dtype in (torch.float32, torch.float64, *HALVES)
         and is_plain(rows)
         and not is_batched(rows)
-        and has_tiles(dtype)
         and not backends.is_named(other_than="cpu")
+        and extension.unavailable() is None
     )
 
 
@@ -57,6 +64,7 @@ def widens(dtype: torch.dtype, rows: Tensor, width: int) -> bool:
         and is_plain(rows)
         and not is_batched(rows)
         and is_slow(dtype)
+        and extension.unavailable() is None
         and rows.numel() * width >= LEAST_WORK
         and math.prod(rows.shape[:-1]) >= LEAST_ROWS
     )
@@ -76,7 +84,7 @@ def is_batched(x: Tensor) -> bool:
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether PyTorch's products of bfloat16 or float16 on the CPU are plain loops: oneDNN does not serve the dtype on
     this processor, is switched off, or was not built in."""
-    return not (torch.backends.mkldnn.enabled and _is_served(dtype))
+    return dtype in HALVES and not (torch.backends.mkldnn.enabled and _is_served(dtype))
 
 
 @functools.cache
@@ -109,17 +117,27 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return z
 
 
+def input_gradient(delta: Tensor, w: Tensor) -> Tensor:
+    """δ W (.., I) for δ (N, H) or (T, B, H) and w (H, I), in the dtype of δ. Not differentiable."""
+    if not is_slow(delta.dtype):
+        return ops.input_gradient(delta.flatten(0, -2), w).view(*delta.shape[:-1], w.shape[1])
+    grad, w = delta.new_empty(*delta.shape[:-1], w.shape[1]), w.float()
+    for part, into in _chunks(delta, grad):
+        into.copy_(ops.input_gradient(_widened(part), w).view(into.shape))
+    return grad
+
+
 def weight_gradient(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of δᵀ x (H, I) over pairs of δ (N, H) or (T, B, H) and x of as many rows. Not differentiable."""
     delta, x = pairs[0]
-    if has_tiles(x.dtype) and not is_slow(x.dtype):
+    if not is_slow(x.dtype):
         deltas, xs = ([rows.flatten(0, -2) for rows in side] for side in zip(*pairs))
         return ops.weight_gradient(deltas, xs)
-    total = torch.zeros(delta.shape[-1], x.shape[-1], dtype=torch.float32, device=x.device)
+    total = x.new_zeros(delta.shape[-1], x.shape[-1], dtype=torch.float32)
     for pair in pairs:
         for delta, x in _chunks(*pair):
-            total.addmm_(_widened(delta).T, _widened(x))
-    return total.to(x.dtype)
+            total += ops.weight_gradient([_widened(delta)], [_widened(x)])
+    return total.to(pairs[0][1].dtype)
 
 
 def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

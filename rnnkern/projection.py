@@ -44,6 +44,6 @@ class ProjectionFunction(torch.autograd.Function):
             grad_x = delta @ w_ih if for_x else None
             grad_w = rows.T @ x.reshape(-1, x.shape[-1]) if for_w else None
         else:
-            grad_x = products.linear(delta, w_ih.T) if for_x else None
+            grad_x = products.input_gradient(delta, w_ih) if for_x else None
             grad_w = products.weight_gradient((delta, x)) if for_w else None
         return grad_x, grad_w, rows.sum(0) if for_b else None

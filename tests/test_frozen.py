@@ -42,11 +42,14 @@ class Work(TorchDispatchMode):
         self.chains: Counter[str] = Counter()
         self.gemms: Counter[tuple[int, ...]] = Counter()
         self.sums = 0
+        self.wanted: list[tuple[bool, ...]] = []  # of a layer at once: x, w_ih, the biases, w_hh, the statistics
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "rnnkern":
             self.chains[func._opname] += 1
+            if func._opname == "layer_backward":
+                self.wanted.append(args[-5:])
         elif func in GEMMS:
             self.gemms[tuple(result.shape)] += 1
         self.sums += func is torch.ops.aten.sum.dim_IntList
@@ -186,6 +189,15 @@ def test_cell() -> None:
     assert backward.gemms == {GRAD_W_IH: 1}
 
 
+def gradient_of_the_input(how: str, loss: Tensor, x: Tensor) -> Work:
+    with Work() as backward:
+        if how == "backward":
+            loss.backward(inputs=[x])
+        else:
+            torch.autograd.grad(loss, x)
+    return backward
+
+
 @pytest.mark.parametrize("small", [False, True], ids=["", "small"])
 @pytest.mark.parametrize("how", ["autograd.grad", "backward"])
 def test_gradients_of_some(how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +205,9 @@ def test_gradients_of_some(how: str, small: bool, monkeypatch: pytest.MonkeyPatc
     longer than the question, it is made."""
     monkeypatch.setattr(autograd, "_WORK_OF_ASKING", T * B * H * H + small)
     module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
-    loss = module(x)[0].square().mean()
-    with Work() as backward:
-        if how == "backward":
-            loss.backward(inputs=[x])
-        else:
-            torch.autograd.grad(loss, x)
+    with Work():  # who looks at operators sees each of them
+        loss = module(x)[0].square().mean()
+    backward = gradient_of_the_input(how, loss, x)
     expected = {GRAD_INPUT: 1, GRAD_W_HH: 2} if small else {GRAD_INPUT: 1}  # the first step's and the others'
     assert backward.chains == {"recurrence_backward": 1} and backward.gemms == expected and not backward.sums
     assert all(p.grad is None for p in module.parameters())
@@ -208,8 +217,40 @@ def test_statistics_that_nobody_receives() -> None:
     """autograd.grad leaves the taps out: it need not sum for them either."""
     module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
     with rnnkern.watch(module) as flow:
-        loss = module(x)[0].square().mean()
-        with Work() as backward:
-            torch.autograd.grad(loss, x)
+        with Work():
+            loss = module(x)[0].square().mean()
+        backward = gradient_of_the_input("autograd.grad", loss, x)
         assert flow.read() is None
     assert backward.chains == {"recurrence_backward": 1}
+
+
+@pytest.mark.cpu_only("the operators for whole layers are the CPU's")
+class TestLayerAtOnce:
+    @pytest.mark.parametrize("what", WEIGHTS)
+    @pytest.mark.parametrize("input_requires_grad", [False, True], ids=["", "input"])
+    def test_frozen(self, what: str, input_requires_grad: bool) -> None:
+        names, gemms, sums = WEIGHTS[what]
+        module = frozen(rnnkern.RNN(I, H), *names)
+        loss = module(torch.randn(T, B, I, requires_grad=input_requires_grad))[0].square().mean()
+        with Work() as backward:
+            loss.backward()
+        assert backward.wanted == [(input_requires_grad, GRAD_W_IH in gemms, sums == 1, GRAD_W_HH in gemms, False)]
+        for name, p in module.named_parameters():
+            assert (p.grad is not None) == p.requires_grad, name
+
+    @pytest.mark.parametrize("small", [False, True], ids=["", "small"])
+    @pytest.mark.parametrize("how", ["autograd.grad", "backward"])
+    def test_gradients_of_some(self, how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(autograd, "_WORK_OF_ASKING", T * B * H * H + small)
+        module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+        backward = gradient_of_the_input(how, module(x)[0].square().mean(), x)
+        # The product for W_ih is smaller, I < H, and nobody asks for it; the sum for the biases takes longer.
+        assert backward.wanted == [(True, True, False, small, False)]
+        assert all(p.grad is None for p in module.parameters())
+
+    def test_statistics_that_nobody_receives(self) -> None:
+        module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+        with rnnkern.watch(module) as flow:
+            backward = gradient_of_the_input("autograd.grad", module(x)[0].square().mean(), x)
+            assert flow.read() is None
+        assert [wanted[-1] for wanted in backward.wanted] == [False]

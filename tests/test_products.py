@@ -41,14 +41,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
     counted: Counter[tuple[int, ...]] = Counter()
 
     def count(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counting(*args: Any) -> Tensor:
+        def counting(*args: Any) -> Any:
             result = function(*args)
-            counted[tuple(result.shape)] += 1
+            counted.update(
+                tuple(v.shape) for v in (result if isinstance(result, tuple) else (result,)) if v is not None
+            )
             return result
 
         return counting
 
-    for name in ("linear", "weight_gradient"):
+    for name in ("linear", "input_gradient", "weight_gradient"):
         monkeypatch.setattr(products, name, count(getattr(products, name)))
     return counted
 
@@ -96,6 +98,16 @@ def test_weight_gradient(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
     assert_rounded_once(products.weight_gradient((delta, x), (delta, x)), 2 * true, 2 * len(flat))
 
 
+@both_halves
+@pytest.mark.parametrize("rows", [(1,), (ROWS,), (ROWS + 1,), (40,), (5, 2), (3, 8)], ids=str)
+def test_input_gradient(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    delta, w = drawn(0, *rows, H).to(dtype), drawn(1, H, I).to(dtype)
+    ours = products.input_gradient(delta, w)
+    assert ours.dtype == dtype and ours.is_contiguous()
+    assert_as_good("grad_x", ours, delta @ w, delta.double() @ w.double())
+    assert_rounded_once(ours, delta.double() @ w.double(), H)
+
+
 class Made(TorchDispatchMode):
     """The most elements of a float32 result, and the dtypes of GEMMs."""
 
@@ -108,7 +120,7 @@ class Made(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.dtype == torch.float32:
             self.elements = max(self.elements, result.numel())
-        if func._opname in ("mm", "addmm", "addmm_"):
+        if func._opname in ("mm", "addmm", "input_gradient", "weight_gradient"):
             self.gemms.add(result.dtype)
         return result
 

@@ -1,4 +1,4 @@
-"""The gradient of a weight in bfloat16 on tiles: the operator, and which products of a module it takes."""
+"""The gradient of a weight: the operator, its kernel on tiles, and which products of a module it takes."""
 
 from __future__ import annotations
 
@@ -87,12 +87,26 @@ def test_contract(tiles: None) -> None:
     torch.library.opcheck(operator.default, ([halves(0, 5, 3), halves(1, 2, 3)], [halves(2, 5, 4), halves(3, 2, 4)]))
 
 
-def test_other_dtypes() -> None:
-    with pytest.raises(RuntimeError, match="weight_gradient is for bfloat16 on processors with AMX, got Float"):
-        operator([torch.ones(2, 3)], [torch.ones(2, 3)])
-    if products.has_tiles(torch.bfloat16):
-        with pytest.raises(RuntimeError, match=r"x must have the dtype of delta\[0\]"):
-            operator([halves(0, 2, 3)], [torch.ones(2, 3)])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("N", "H", "I"), [(1, 1, 1), (31, 33, 65), (300, 7, 20), (40, 300, 250)], ids=str)
+def test_as_good_as_pytorch(dtype: torch.dtype, N: int, H: int, I: int, view: str) -> None:
+    """Where there is no kernel, and where there is one for other sizes or dtypes."""
+    delta, x = VIEWS[view](drawn(0, N, H).to(dtype)), VIEWS[view](drawn(1, N, I).to(dtype))
+    ours = operator([delta], [x])
+    assert ours.dtype == dtype and ours.is_contiguous()
+    plain, true = delta.contiguous().T @ x.contiguous(), delta.double().T @ x.double()
+    assert_as_good("grad_w", ours, plain, true)
+    assert_as_good("twice", operator([delta] * 2, [x] * 2), 2 * plain, 2 * true)
+
+
+def test_mixed_dtypes() -> None:
+    with pytest.raises(RuntimeError, match=r"x must have the dtype of delta \(Float\), got BFloat16"):
+        operator([torch.ones(2, 3)] * 2, [torch.ones(2, 3), halves(0, 2, 3)])
+    with pytest.raises(RuntimeError, match=r"delta must have the dtype of delta\[0\] \(Float\), got BFloat16"):
+        operator([torch.ones(2, 3), halves(0, 2, 3)], [torch.ones(2, 3), halves(0, 2, 3)])
+    with pytest.raises(RuntimeError, match="the CPU kernels serve float32, float64, bfloat16 and float16, got Int"):
+        operator([torch.ones(2, 3).int()], [torch.ones(2, 3).int()])
 
 
 class Calls(TorchDispatchMode):
@@ -101,9 +115,12 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.dtypes: set[torch.dtype] = set()  # of gradients of weights
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[func._opname] += 1
+        if func._opname == "weight_gradient":
+            self.dtypes.add(args[0][0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -157,4 +174,4 @@ def test_left_to_pytorch(tiles: None, why: str, monkeypatch: pytest.MonkeyPatch)
     ):
         output = module(x)[0]
         torch.autograd.grad(output.sum(), list(module.parameters()), create_graph=why == "double backward")
-    assert calls.counts["weight_gradient"] == 0
+    assert calls.dtypes == ({torch.float32} if why == "oneDNN is off" else set())

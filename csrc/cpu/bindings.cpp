@@ -1,17 +1,8 @@
 // The operators' CPU implementations: they check, allocate and launch, and compute nothing.
 
-#include <torch/csrc/stable/library.h>
-
-#include <array>
-#include <cstring>
-
-#include "checks.h"
-#include "cpu/recurrence.h"
-#include "cpu/weight_gradient.h"
-#include "walkable.h"
+#include "cpu/bindings.h"
 
 namespace rnnkern::cpu {
-namespace {
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -30,7 +21,7 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-Nonlinearity nonlinearity_of(const std::string& name) { return name == "tanh" ? kTanh : kRelu; }
+namespace {
 
 Steps steps_of(const Sequence& sequence, bool reverse) {
   const bool packed = !sequence.batch_sizes.empty();
@@ -47,17 +38,10 @@ AnyRows rows_of(const Walkable& walkable) {
   return {walkable.memory.data_ptr(), walkable.time_stride, walkable.row_stride};
 }
 
-int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
-
-Weights weights_of(const Tensor& w_hh) { return {w_hh.data_ptr(), w_hh.stride(0), w_hh.stride(1)}; }
-
-Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 // One direction of a layer's rows (.., 2H), which lie side by side.
 Tensor half(const Tensor& both, int direction) {
   const int64_t last = both.dim() - 1, H = both.size(last) / 2;
-  Tensor rows = both;
-  return torch::stable::narrow(rows, last, direction * H, H);
+  return narrowed(both, last, direction * H, H);
 }
 
 void check_halves(const char* name, const Tensor& both) {
@@ -116,87 +100,7 @@ void bidirectional_in_place_op(
   launch_in_place(z, {h0, h0_reverse}, {w_hh, w_hh_reverse}, batch_sizes, false, nonlinearity);
 }
 
-// An operator of PyTorch.
-template <class... Arguments>
-Tensor call(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, name, " failed");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// x W_ih' + b_ih + b_hh of one direction, or of both side by side by one product; `weights` are those of the layer.
-Tensor project(const Tensor& x, const Tensor* weights, int64_t directions, int64_t of_chain) {
-  std::vector<Tensor> w_ih, biases;
-  for (const Tensor* w = weights; w != weights + directions * of_chain; w += of_chain) {
-    w_ih.push_back(w[0]);
-    if (of_chain == 4) biases.push_back(torch::stable::subtract(w[2], w[3], -1));  // b_ih - (-1) b_hh: there is no add
-  }
-  const auto joined = [](const std::vector<Tensor>& parts) {
-    return parts.size() == 1 ? parts[0] : call("aten::cat", parts, int64_t{0});
-  };
-  std::optional<Tensor> b;
-  if (!biases.empty()) b = joined(biases);
-  // F.linear takes other products for rows with gaps.
-  return as_contiguous(call("aten::linear", directions == 1 ? x : as_contiguous(x), joined(w_ih), b));
-}
-
-// All layers in one call: where a sequence is short, the way through Python takes longer than what is computed. Pointers
-// into z and the states take the place of views, each of which would cost as much as a step.
-std::tuple<Tensor, Tensor> layers_op(
-    const Tensor& input, std::optional<Tensor> h0, std::vector<Tensor> weights, bool has_biases, bool bidirectional,
-    std::string nonlinearity) {
-  const int64_t D = bidirectional ? 2 : 1, of_chain = has_biases ? 4 : 2, count = static_cast<int64_t>(weights.size());
-  STD_TORCH_CHECK(
-      count > 0 && count % (D * of_chain) == 0, "weights must be ", D * of_chain, " for each layer, got ", count);
-  STD_TORCH_CHECK(
-      input.dim() == 3 && input.size(0) > 0, "input must have shape (T, B, I) with T > 0, got ", words(shape(input)));
-  STD_TORCH_CHECK(weights[1].dim() == 2, "w_hh must have shape (H, H), got ", words(shape(weights[1])));
-  check_nonlinearity(nonlinearity);
-  const Dtype dtype = dtype_of(input);
-  const int64_t T = input.size(0), B = input.size(1), H = weights[1].size(0), chains = count / of_chain;
-  // All of them here: of what fails within an operator of PyTorch the stable ABI loses the words.
-  const auto check = [&input](const char* name, const Tensor& tensor, const Shape& expected) {
-    check_shape(name, tensor, expected);
-    check_same(name, tensor, "input", input);
-  };
-  for (int64_t chain = 0; chain < chains; ++chain) {
-    const Tensor* const w = &weights[chain * of_chain];
-    check("w_ih", w[0], {H, chain < D ? input.size(2) : D * H});
-    check("w_hh", w[1], {H, H});
-    if (has_biases) check("b_ih", w[2], {H}), check("b_hh", w[3], {H});
-  }
-  if (h0) check("h0", *h0, {chains, B, H});
-  h0 = h0 ? as_contiguous(*h0) : torch::stable::new_zeros(input, Shape{chains, B, H});
-
-  const Tensor h_n = new_like(*h0);
-  const int64_t size = input.element_size();
-  const auto at = [size](const Tensor& tensor, int64_t i) { return static_cast<char*>(tensor.data_ptr()) + i * size; };
-  Tensor rows = input;
-  for (int64_t first = 0; first < chains; first += D) {
-    rows = project(rows, &weights[first * of_chain], D, of_chain);  // (T, B, D H)
-    std::vector<Chain<Forward>> of_layer;
-    for (int64_t i = 0; i < D; ++i) {
-      const AnyRows z{at(rows, i * H), B * D * H, D * H}, initial{at(*h0, (first + i) * B * H), 0, H};
-      const Weights w_hh = weights_of(weights[(first + i) * of_chain + 1]);
-      of_layer.push_back({{{T, B, H, nullptr, nullptr, i == 1}, z, initial, z}, w_hh});
-    }
-    recurrence(of_layer, dtype, nonlinearity_of(nonlinearity), threads());
-    for (int64_t i = 0; i < D; ++i) {
-      const int64_t last = i == 1 ? 0 : T - 1;
-      for (int64_t b = 0; b < B; ++b) {
-        std::memcpy(at(h_n, ((first + i) * B + b) * H), at(rows, (last * B + b) * D * H + i * H), H * size);
-      }
-    }
-  }
-  return {rows, h_n};
-}
-
-// What the backward of one or two chains returns.
-struct Gradients {
-  Tensor delta;
-  std::vector<Tensor> grad_h0;
-  std::optional<Tensor> stats;  // (4, T, B), or (2, 4, T, B) of two
-};
+}  // namespace
 
 Gradients launch_backward(
     const Tensor& grad_h, const std::vector<std::optional<Tensor>>& grad_hn, const Tensor& h,
@@ -244,6 +148,8 @@ Gradients launch_backward(
   return out;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> recurrence_backward_op(
     const Tensor& grad_h, std::optional<Tensor> grad_hn, const Tensor& h, const Tensor& h0, const Tensor& w_hh,
     std::optional<Tensor> batch_sizes, bool reverse, std::string nonlinearity, double clip) {
@@ -274,31 +180,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
   return {out.delta, out.grad_h0[0], out.grad_h0[1], stats};
 }
 
-Tensor weight_gradient_op(std::vector<Tensor> delta, std::vector<Tensor> x) {
-  STD_TORCH_CHECK(
-      !delta.empty() && delta.size() == x.size(), "delta and x must be as many tensors each, got ", delta.size(),
-      " and ", x.size());
-  STD_TORCH_CHECK(
-      has_weight_gradient(dtype_of(delta[0])), "weight_gradient is for bfloat16 on processors with AMX, got ",
-      torch::headeronly::toString(delta[0].scalar_type()), " with the instruction set ", instruction_set().name);
-  std::vector<RowPair> pairs;
-  for (size_t i = 0; i < delta.size(); ++i) {
-    check_same("delta", delta[i], "delta[0]", delta[0]);
-    check_same("x", x[i], "delta[0]", delta[0]);
-    STD_TORCH_CHECK(delta[i].dim() == 2, "delta must have shape (N, H), got ", words(shape(delta[i])));
-    STD_TORCH_CHECK(x[i].dim() == 2, "x must have shape (N, I), got ", words(shape(x[i])));
-    check_shape("delta", delta[i], {delta[i].size(0), delta[0].size(1)});
-    check_shape("x", x[i], {delta[i].size(0), x[0].size(1)});
-    const auto dense = [](Tensor& rows) { rows = rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows); };
-    dense(delta[i]), dense(x[i]);
-    pairs.push_back({delta[i].data_ptr(), x[i].data_ptr(), x[i].size(0), delta[i].stride(0), x[i].stride(0)});
-  }
-  const int64_t H = delta[0].size(1), I = x[0].size(1);
-  const Tensor grad = torch::stable::new_empty(delta[0], Shape{H, I});
-  weight_gradient({pairs.data(), static_cast<int64_t>(pairs.size()), H, I, grad.data_ptr()}, threads());
-  return grad;
-}
-
 std::string isa() { return instruction_set().name; }
 
 std::vector<std::string> isas() {
@@ -318,8 +199,6 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("recurrence_backward", TORCH_BOX(&rnnkern::cpu::recurrence_backward_op));
   m.impl("recurrence_backward_stats", TORCH_BOX(&rnnkern::cpu::recurrence_backward_stats_op));
   m.impl("bidirectional_", TORCH_BOX(&rnnkern::cpu::bidirectional_in_place_op));
-  m.impl("weight_gradient", TORCH_BOX(&rnnkern::cpu::weight_gradient_op));
-  m.impl("layers", TORCH_BOX(&rnnkern::cpu::layers_op));
   m.impl("bidirectional_backward", TORCH_BOX(&rnnkern::cpu::bidirectional_backward_op));
 }
 

@@ -10,26 +10,38 @@
 
 namespace rnnkern::cpu {
 
+// How this thread computes with floating-point numbers.
+#if defined(__SSE2__)
+using FloatMode = unsigned;
+constexpr FloatMode kFlush = 0x8000 | 0x0040;  // results, and operands
+inline FloatMode float_mode() { return _mm_getcsr(); }
+inline void set_float_mode(FloatMode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+using FloatMode = uint64_t;
+constexpr FloatMode kFlush = 1ull << 24;
+inline FloatMode float_mode() {
+  FloatMode mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+inline void set_float_mode(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatMode = unsigned;
+constexpr FloatMode kFlush = 0;
+inline FloatMode float_mode() { return 0; }
+inline void set_float_mode(FloatMode) {}
+#endif
+
 class FlushSubnormals {
  public:
-#if defined(__SSE2__)
-  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON | 0x0040 /* denormals are 0 */); }
-  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals() : before_(float_mode()) { set_float_mode(before_ | kFlush); }
+  ~FlushSubnormals() { set_float_mode(before_); }
 
- private:
-  unsigned before_;
-#elif defined(__aarch64__)
-  FlushSubnormals() {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
-    __asm__ volatile("msr fpcr, %0" : : "r"(before_ | (1ull << 24)));
-  }
-  ~FlushSubnormals() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
-
- private:
-  uint64_t before_;
-#endif
   FlushSubnormals(const FlushSubnormals&) = delete;
   FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  const FloatMode before_;
 };
 
 }  // namespace rnnkern::cpu

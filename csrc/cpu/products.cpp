@@ -1,0 +1,105 @@
+#include "cpu/products.h"
+
+#include "cpu/weight_gradient.h"
+
+namespace rnnkern::cpu {
+namespace {
+
+Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor no_columns(const Tensor& rows) { return narrowed(rows, 1, 0, 0); }
+
+RowPair row_pair(const Tensor& delta, const Tensor& x) {
+  return {delta.data_ptr(), x.data_ptr(), x.size(0), delta.stride(0), x.stride(0)};
+}
+
+bool is_finite(const Tensor& w) { return Pair(no_columns(w), w).needed.empty(); }
+
+Tensor rows_of(const Tensor& tensor, Run run) { return narrowed(tensor, 0, run.begin, run.end - run.begin); }
+
+}  // namespace
+
+Tensor project(const Tensor& x, const Tensor* weights, int64_t directions, int64_t of_chain) {
+  std::vector<Tensor> w_ih, biases;
+  for (const Tensor* w = weights; w != weights + directions * of_chain; w += of_chain) {
+    w_ih.push_back(w[0]);
+    if (of_chain == 4) biases.push_back(torch::stable::subtract(w[2], w[3], -1));  // b_ih - (-1) b_hh: there is no add
+  }
+  const auto joined = [](const std::vector<Tensor>& parts) {
+    return parts.size() == 1 ? parts[0] : call("aten::cat", "", parts, int64_t{0});
+  };
+  std::optional<Tensor> b;
+  if (!biases.empty()) b = joined(biases);
+  // A tensor of its own, where linear() would return a view, into which nobody may write whom autograd looks after.
+  const Tensor z = torch::stable::new_empty(x, Shape{x.size(0), x.size(1), directions * w_ih[0].size(0)});
+  call("aten::linear", "out", as_rows(x), joined(w_ih), b, as_rows(z));
+  return z;
+}
+
+Pair::Pair(const Tensor& delta_, const Tensor& x_)
+    : delta(with_dense_rows(delta_)),
+      x(with_dense_rows(x_)),
+      needed(needed_rows(row_pair(delta, x), delta.size(1), x.size(1), dtype_of(delta), threads())) {}
+
+Pair::Pair(const Tensor& delta) : Pair(delta, no_columns(delta)) {}
+
+void input_gradient(const Pair& pair, const Tensor& w, const Tensor& grad) {
+  const int64_t N = grad.size(0);
+  std::vector<Run> runs = pair.needed;
+  const bool all = runs.size() == 1 && runs[0].end - runs[0].begin == N;
+  if (!all && !is_finite(w)) runs = {{0, N}};
+  int64_t end = 0;
+  runs.push_back({N, N});
+  for (const Run run : runs) {
+    if (end < run.begin) {
+      Tensor zeros = rows_of(grad, {end, run.begin});
+      torch::stable::zero_(zeros);
+    }
+    if (run.begin < run.end) call("aten::mm", "out", rows_of(pair.delta, run), w, rows_of(grad, run));
+    end = run.end;
+  }
+}
+
+Tensor weight_gradient(const std::vector<Pair>& pairs) {
+  const Tensor& delta = pairs.front().delta;
+  const int64_t H = delta.size(1), I = pairs.front().x.size(1);
+  std::vector<RowPair> parts;
+  for (const Pair& pair : pairs) {
+    for (const Run run : pair.needed) parts.push_back(row_pair(rows_of(pair.delta, run), rows_of(pair.x, run)));
+  }
+  if (has_weight_gradient(dtype_of(delta), parts, H, I)) {
+    const Tensor grad = torch::stable::new_empty(delta, Shape{H, I});
+    weight_gradient({parts.data(), static_cast<int64_t>(parts.size()), H, I, grad.data_ptr()}, threads());
+    return grad;
+  }
+  std::optional<Tensor> total;
+  for (const Pair& pair : pairs) {
+    for (const Run run : pair.needed) {
+      Tensor rows = rows_of(pair.delta, run);
+      const Tensor part = call("aten::mm", "", torch::stable::transpose(rows, 0, 1), rows_of(pair.x, run));
+      total = total ? torch::stable::subtract(*total, part, -1) : part;  // total - (-1) part: there is no add
+    }
+  }
+  return total ? *total : torch::stable::new_zeros(delta, Shape{H, I});
+}
+
+namespace {
+
+template <class F>
+void in_each(int64_t threads, const F& f) {
+  torch::stable::parallel_for(0, threads, 1, [&f](int64_t i, int64_t) { f(i); });
+}
+
+}  // namespace
+
+FlushInAllThreads::FlushInAllThreads() : before_(threads(), float_mode()) {
+  in_each(before_.size(), [this](int64_t i) { set_float_mode((before_[i] = float_mode()) | kFlush); });
+}
+
+FlushInAllThreads::~FlushInAllThreads() {
+  in_each(before_.size(), [this](int64_t i) { set_float_mode(before_[i]); });
+}
+
+}  // namespace rnnkern::cpu

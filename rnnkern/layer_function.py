@@ -1,0 +1,128 @@
+"""A plain layer of one direction on a CPU: one node of the autograd graph, and one operator each way.
+
+Where a sequence is short, the way through PyTorch's operators and nodes takes longer than what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import backends, extension, ops, products
+from rnnkern.autograd import backward_chain, grad_w_hh_of, is_eager, is_observed, is_wanted
+
+#: w_ih (H, I), w_hh (H, H), b_ih (H), b_hh (H); the biases may be None
+LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+#: Multiply-adds that take as long as reading a number from memory.
+_WORK_OF_READING = 32
+
+
+def serves(given: Sequence[Tensor]) -> bool:
+    """Whether the operators for whole layers take these: the input (T, B, I), T > 0, states and weights."""
+    input, dtype = given[0], given[0].dtype
+    return (
+        is_eager()
+        and not backends.is_named(other_than="cpu")
+        and not is_observed()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch.jit.is_tracing()
+        and all(products.is_plain(x) and x.dtype is dtype for x in given)
+        and input.dim() == 3
+        and input.shape[0] > 0
+        and (dtype in (torch.float32, torch.float64) or (dtype in products.HALVES and not products.is_slow(dtype)))
+        and extension.unavailable() is None
+    )
+
+
+def layers(
+    input: Tensor, h0: Tensor, weights: Sequence[LayerWeights], nonlinearity: str, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Output (T, B, H) and h_n (layers, B, H) of a net over ``input`` (T, B, I) from h0 (layers, B, H)."""
+    h_n = []
+    for i, of_layer in enumerate(weights):
+        input, last = layer(input, h0 if len(weights) == 1 else h0[i : i + 1], of_layer, nonlinearity, clip)
+        h_n.append(last)
+    return input, h_n[0] if len(weights) == 1 else torch.cat(h_n)
+
+
+def layer(
+    input: Tensor,
+    h0: Tensor,
+    weights: LayerWeights,
+    nonlinearity: str,
+    clip: float,
+    make_tap: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h (T, B, H) and h_n (1, B, H) of a layer over ``input`` (T, B, I) from h0 (1, B, H); ``weights`` with both biases
+    or neither."""
+    x, (w_ih, w_hh, b_ih, b_hh) = input.contiguous(), weights
+    # A tap requires grad: alone it would make the output of a frozen net require grad too.
+    tapped = make_tap is not None and any(v is not None and v.requires_grad for v in (x, h0, *weights))
+    tap = make_tap() if make_tap is not None and tapped else None
+    return LayerFunction.apply(x, h0, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip)
+
+
+class LayerFunction(torch.autograd.Function):
+    """``apply(x, h0, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip)`` returns h (T, B, H) and h_n (1, B, H) for a
+    contiguous x (T, B, I) and h0 (1, B, H); for ``tap`` see :class:`rnnkern.autograd.RNNFunction`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        tap: Tensor | None,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        nonlinearity: str,
+        clip: float,
+    ) -> tuple[Tensor, Tensor]:
+        weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+        h, h_n = ops.layers(x, h0, weights, len(weights) == 4, False, nonlinearity)
+        ctx.options = nonlinearity, clip
+        ctx.tapped = tap is not None
+        ctx.save_for_backward(x, h0, w_ih, w_hh, h)
+        ctx.set_materialize_grads(False)
+        return h, h_n
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_hn: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h0, w_ih, w_hh, h = ctx.saved_tensors
+        if grad_h is None:
+            grad_h = h.new_zeros(()).expand_as(h)
+        rows, H, I = h.shape[0] * h.shape[1], h.shape[2], x.shape[2]
+        for_x, for_w_ih, for_w_hh = (is_wanted(ctx, i, rows * H * k) for i, k in ((0, I), (2, I), (3, H)))
+        with_stats, absent = ctx.tapped and is_wanted(ctx, 4), 0 if ctx.tapped else 1
+        for_b_ih, for_b_hh = (is_wanted(ctx, i, rows * H * _WORK_OF_READING, absent) for i in (5, 6))
+        for_b = for_b_ih or for_b_hh
+        grad_x = grad_w_ih = grad_b = grad_w_hh = None
+        if torch.is_grad_enabled() or not is_eager() or products.is_batched(grad_h):
+            # This backward may be differentiated itself, or is mapped over.
+            last = None if grad_hn is None else grad_hn[0]
+            chain = (grad_h, last, h, h0[0], w_hh, None, False, *ctx.options)
+            delta, grad_h0, stats = backward_chain("cpu", with_stats, *chain)
+            # Not flatten, for which the batches of autograd.grad(is_grads_batched=True) have no rule.
+            flat = delta.reshape(rows, H)
+            grad_h0 = grad_h0[None]
+            if for_x:
+                grad_x = delta @ w_ih
+            if for_w_ih:
+                grad_w_ih = flat.T @ x.reshape(rows, I)
+            if for_w_hh:
+                grad_w_hh = grad_w_hh_of(delta, h, h0[0], None, False)
+            if for_b:
+                grad_b = flat.sum(0)
+        else:
+            grad_x, grad_w_ih, grad_b, grad_w_hh, grad_h0, stats = ops.layer_backward(
+                grad_h, grad_hn, x, w_ih, h, h0, w_hh, *ctx.options, for_x, for_w_ih, for_b, for_w_hh, with_stats
+            )
+        # Parameters that received one tensor would both change with it.
+        grad_b_hh = grad_b.clone() if grad_b is not None and for_b_ih and for_b_hh else grad_b
+        grads_b = grad_b if for_b_ih else None, grad_b_hh if for_b_hh else None
+        return grad_x, grad_h0, grad_w_ih, grad_w_hh, stats, *grads_b, None, None
