@@ -37,8 +37,8 @@ CHUNK = 1 << 18
 #: Same machine; the break-even lies at 10 to 60 rows for H = 256 and 1024, and at about 64 for H = 64.
 LEAST_ROWS, LEAST_WORK = 16, 1 << 18  # N, and N·I·H
 
-#: The same where PyTorch's products are fast: what is to win has to pay for a node of the graph in Python. The kernel on
-#: tiles saves about 80 µs at this size, (N, I, H) = (4096, 64, 64), on two threads of a Xeon (an estimate).
+#: The same where PyTorch's products are fast: what is to win has to pay for a node of the graph in Python. The kernel
+#: on tiles saves about 80 µs at this size, (N, I, H) = (4096, 64, 64), on two threads of a Xeon (an estimate).
 LEAST_WORK_ON_TILES = 1 << 24
 #: Elsewhere only a chain that vanishes wins; others lose about 130 µs, 2 % of a training step of this size.
 LEAST_WORK_THAT_VANISHES = 1 << 27

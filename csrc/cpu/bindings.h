@@ -25,9 +25,7 @@ inline Tensor narrowed(const Tensor& tensor, int64_t dim, int64_t begin, int64_t
 }
 
 // (T, B, .) -> (T B, .)
-inline Tensor as_rows(const Tensor& x) {
-  return torch::stable::reshape(x, Shape{x.size(0) * x.size(1), x.size(2)});
-}
+inline Tensor as_rows(const Tensor& x) { return torch::stable::reshape(x, Shape{x.size(0) * x.size(1), x.size(2)}); }
 
 // What the backward of one or two chains returns.
 struct Gradients {

@@ -35,9 +35,7 @@ bool is_needed(const RowPair& pair, int64_t H, int64_t I, int64_t begin, int64_t
 }
 
 constexpr decltype(&is_needed<uint32_t, 0x7f800000>) kIsNeeded[kDtypes] = {
-    is_needed<uint32_t, 0x7f800000>,
-    is_needed<uint64_t, 0x7ff0000000000000>,
-    is_needed<uint16_t, 0x7f80>,
+    is_needed<uint32_t, 0x7f800000>, is_needed<uint64_t, 0x7ff0000000000000>, is_needed<uint16_t, 0x7f80>,
     is_needed<uint16_t, 0x7c00>};
 
 // Below this many elements a second thread costs more than it brings.
