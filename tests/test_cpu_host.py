@@ -182,18 +182,20 @@ def test_weight_gradient(library: ctypes.CDLL, run: Run, rows: tuple[int, ...], 
     deltas, xs = ([drawn(i, n, width + 3).bfloat16()[:, :width] for i, n in enumerate(rows)] for width in (H, I))
     true = sum(d.double().T @ x.double() for d, x in zip(deltas, xs))
 
-    def computed(threads: int) -> Tensor:
-        grad = torch.full((H, I), 7, dtype=torch.bfloat16)
+    def computed(threads: int) -> list[Tensor]:
+        grad, delta_sum = torch.full((H, I), 7, dtype=torch.bfloat16), torch.full((H,), 7, dtype=torch.bfloat16)
         of_each = ctypes.c_void_p * len(rows)
         left = library.host_weight_gradient(
             ctypes.c_int64(len(rows)), (ctypes.c_int64 * len(rows))(*rows),
             *(of_each(*(v.data_ptr() for v in side)) for side in (deltas, xs)),
-            *map(ctypes.c_int64, (H + 3, I + 3, H, I)), ctypes.c_void_p(grad.data_ptr()), threads,
+            *map(ctypes.c_int64, (H + 3, I + 3, H, I)),
+            *(ctypes.c_void_p(v.data_ptr()) for v in (grad, delta_sum)), threads,
         )  # fmt: skip
         assert left == 0
-        return grad
+        return [grad, delta_sum]
 
     one = computed(1)
-    assert ulps(one, true, torch.bfloat16) <= 0.5 + sum(rows) * 2.0**-17
+    for found, exact in zip(one, (true, sum(d.double().sum(0) for d in deltas))):
+        assert ulps(found, exact, torch.bfloat16) <= 0.5 + sum(rows) * 2.0**-17
     for threads in (2, 5):
-        assert same_bits([one], [computed(threads)])
+        assert same_bits(one, computed(threads))

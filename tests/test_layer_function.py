@@ -80,7 +80,7 @@ def test_same_as_the_long_way(dtype: torch.dtype, options: dict[str, Any], outpu
                         true = gradients(exact, x.double(), None if state is None else state.double(), outputs)
                 assert "LayerFunctionBackward" in nodes(found["output"])
                 assert "LayerFunctionBackward" not in nodes(expected["output"])
-                if "batch_first" not in options:  # else PyTorch rounds the projection before it adds the bias
+                if dtype in (torch.float32, torch.float64):  # others round the projection after the bias or before
                     assert same_bits([found["output"], found["h_n"]], [expected["output"], expected["h_n"]])
                 for name, value in expected.items():
                     assert found[name].shape == value.shape and found[name].dtype == value.dtype

@@ -53,6 +53,7 @@ struct Forward {
   AnyRows z;   // like h; may be h itself
   AnyRows h0;  // (B, H)
   AnyRows h;
+  const void* bias = nullptr;  // (H), to be added to every row of z; null for none
 };
 
 struct Backward {
@@ -107,11 +108,12 @@ struct RowPair {
   int64_t rows, delta_stride, x_stride;
 };
 
-// grad (H, I) <- the sum of delta' x over all pairs.
+// grad (H, I) <- the sum of delta' x over all pairs, and delta_sum (H) <- that of delta.
 struct WeightGradient {
   const RowPair* pairs;
   int64_t count, H, I;
   void* grad;
+  void* delta_sum = nullptr;  // null: nobody wants it
 };
 
 // Its kernel, in bfloat16. Rows and columns of grad are divided in panels of so many.

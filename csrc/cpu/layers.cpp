@@ -1,6 +1,7 @@
 // The operators for whole layers: projection, recurrence and, backward, the products after it.
 
 #include <cstring>
+#include <tuple>
 
 #include "cpu/bindings.h"
 #include "cpu/products.h"
@@ -41,12 +42,19 @@ std::tuple<Tensor, Tensor> layers_op(
   const auto at = [size](const Tensor& tensor, int64_t i) { return static_cast<char*>(tensor.data_ptr()) + i * size; };
   Tensor rows = input;
   for (int64_t first = 0; first < chains; first += D) {
-    rows = project(rows, &weights[first * of_chain], D, of_chain);  // (T, B, D H)
+    const auto weight = [&](int64_t i, int64_t of) -> const Tensor& { return weights[(first + i) * of_chain + of]; };
+    std::vector<Tensor> w_ih, biases;
+    for (int64_t i = 0; i < D; ++i) {
+      w_ih.push_back(weight(i, 0));
+      // b_ih - (-1) b_hh: there is no add
+      if (has_biases) biases.push_back(as_contiguous(torch::stable::subtract(weight(i, 2), weight(i, 3), -1)));
+    }
+    rows = project(rows, w_ih);  // (T, B, D H)
     std::vector<Chain<Forward>> of_layer;
     for (int64_t i = 0; i < D; ++i) {
       const AnyRows z{at(rows, i * H), B * D * H, D * H}, initial{at(*h0, (first + i) * B * H), 0, H};
-      const Weights w_hh = weights_of(weights[(first + i) * of_chain + 1]);
-      of_layer.push_back({{{T, B, H, nullptr, nullptr, i == 1}, z, initial, z}, w_hh});
+      const void* const bias = has_biases ? biases[i].data_ptr() : nullptr;
+      of_layer.push_back({{{T, B, H, nullptr, nullptr, i == 1}, z, initial, z, bias}, weights_of(weight(i, 1))});
     }
     recurrence(of_layer, dtype, nonlinearity_of(nonlinearity), threads());
     for (int64_t i = 0; i < D; ++i) {
@@ -98,13 +106,14 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
   }
   if (for_x || for_w_ih) {
     const Pair rows = for_w_ih ? Pair(delta, as_rows(x)) : Pair(delta);
-    if (for_w_ih) grad_w_ih = weight_gradient({rows});
+    if (for_w_ih && for_b) std::tie(grad_w_ih, grad_b) = weight_and_bias_gradient(rows);
+    else if (for_w_ih) grad_w_ih = weight_gradient({rows});
     if (for_x) {
       grad_x = torch::stable::new_empty(x, Shape{T, B, I});
       input_gradient(rows, w_ih, as_rows(*grad_x));
     }
   }
-  if (for_b) grad_b = torch::stable::sum(delta, Shape{0});
+  if (for_b && !grad_b) grad_b = bias_gradient(delta);
   const Tensor grad_h0 = new_like(h0);
   std::memcpy(grad_h0.data_ptr(), chain.grad_h0[0].data_ptr(), B * H * h.element_size());
   return {grad_x, grad_w_ih, grad_b, grad_w_hh, grad_h0, chain.stats};

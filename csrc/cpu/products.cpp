@@ -17,24 +17,20 @@ RowPair row_pair(const Tensor& delta, const Tensor& x) {
 
 bool is_finite(const Tensor& w) { return Pair(no_columns(w), w).needed.empty(); }
 
+Tensor transposed(const Tensor& tensor) {
+  Tensor matrix = tensor;  // transpose() takes no const
+  return torch::stable::transpose(matrix, 0, 1);
+}
+
 Tensor rows_of(const Tensor& tensor, Run run) { return narrowed(tensor, 0, run.begin, run.end - run.begin); }
 
 }  // namespace
 
-Tensor project(const Tensor& x, const Tensor* weights, int64_t directions, int64_t of_chain) {
-  std::vector<Tensor> w_ih, biases;
-  for (const Tensor* w = weights; w != weights + directions * of_chain; w += of_chain) {
-    w_ih.push_back(w[0]);
-    if (of_chain == 4) biases.push_back(torch::stable::subtract(w[2], w[3], -1));  // b_ih - (-1) b_hh: there is no add
-  }
-  const auto joined = [](const std::vector<Tensor>& parts) {
-    return parts.size() == 1 ? parts[0] : call("aten::cat", "", parts, int64_t{0});
-  };
-  std::optional<Tensor> b;
-  if (!biases.empty()) b = joined(biases);
+Tensor project(const Tensor& x, const std::vector<Tensor>& w_ih) {
+  const Tensor w = w_ih.size() == 1 ? w_ih[0] : call("aten::cat", "", w_ih, int64_t{0});
   // A tensor of its own, where linear() would return a view, into which nobody may write whom autograd looks after.
-  const Tensor z = torch::stable::new_empty(x, Shape{x.size(0), x.size(1), directions * w_ih[0].size(0)});
-  call("aten::linear", "out", as_rows(x), joined(w_ih), b, as_rows(z));
+  const Tensor z = torch::stable::new_empty(x, Shape{x.size(0), x.size(1), w.size(0)});
+  call("aten::mm", "out", as_rows(x), transposed(w), as_rows(z));
   return z;
 }
 
@@ -62,27 +58,49 @@ void input_gradient(const Pair& pair, const Tensor& w, const Tensor& grad) {
   }
 }
 
-Tensor weight_gradient(const std::vector<Pair>& pairs) {
+namespace {
+
+// By the kernel, where there is one that is faster. `delta_sum` (H) is filled too, if given.
+std::optional<Tensor> weight_gradient_on_tiles(const std::vector<Pair>& pairs, Tensor* delta_sum) {
   const Tensor& delta = pairs.front().delta;
   const int64_t H = delta.size(1), I = pairs.front().x.size(1);
   std::vector<RowPair> parts;
   for (const Pair& pair : pairs) {
     for (const Run run : pair.needed) parts.push_back(row_pair(rows_of(pair.delta, run), rows_of(pair.x, run)));
   }
-  if (has_weight_gradient(dtype_of(delta), parts, H, I)) {
-    const Tensor grad = torch::stable::new_empty(delta, Shape{H, I});
-    weight_gradient({parts.data(), static_cast<int64_t>(parts.size()), H, I, grad.data_ptr()}, threads());
-    return grad;
-  }
+  if (!has_weight_gradient(dtype_of(delta), parts, H, I)) return std::nullopt;
+  const Tensor grad = torch::stable::new_empty(delta, Shape{H, I});
+  weight_gradient(
+      {parts.data(), static_cast<int64_t>(parts.size()), H, I, grad.data_ptr(),
+       delta_sum ? delta_sum->data_ptr() : nullptr},
+      threads());
+  return grad;
+}
+
+}  // namespace
+
+Tensor weight_gradient(const std::vector<Pair>& pairs) {
+  if (const std::optional<Tensor> grad = weight_gradient_on_tiles(pairs, nullptr)) return *grad;
   std::optional<Tensor> total;
   for (const Pair& pair : pairs) {
     for (const Run run : pair.needed) {
-      Tensor rows = rows_of(pair.delta, run);
-      const Tensor part = call("aten::mm", "", torch::stable::transpose(rows, 0, 1), rows_of(pair.x, run));
+      const Tensor part = call("aten::mm", "", transposed(rows_of(pair.delta, run)), rows_of(pair.x, run));
       total = total ? torch::stable::subtract(*total, part, -1) : part;  // total - (-1) part: there is no add
     }
   }
-  return total ? *total : torch::stable::new_zeros(delta, Shape{H, I});
+  if (total) return *total;
+  return torch::stable::new_zeros(pairs.front().delta, Shape{pairs.front().delta.size(1), pairs.front().x.size(1)});
+}
+
+Tensor bias_gradient(const Tensor& delta) { return torch::stable::sum(delta, Shape{0}); }
+
+std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair& pair) {
+  Tensor grad_b = torch::stable::new_empty(pair.delta, Shape{pair.delta.size(1)});
+  // The kernel does nothing where W has no elements.
+  const std::optional<Tensor> grad_w =
+      pair.x.size(1) > 0 ? weight_gradient_on_tiles({pair}, &grad_b) : std::nullopt;
+  if (grad_w) return {*grad_w, grad_b};
+  return {weight_gradient({pair}), bias_gradient(pair.delta)};
 }
 
 namespace {

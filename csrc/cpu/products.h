@@ -1,6 +1,7 @@
 // The products over all rows of a sequence: PyTorch's, or a kernel of our own where there is one.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "cpu/bindings.h"
@@ -9,9 +10,8 @@
 
 namespace rnnkern::cpu {
 
-// x W_ih' + b_ih + b_hh (T, B, H) of one direction, or (T, B, 2H) of both side by side by one product. `weights` are those of
-// the layer: of each direction w_ih, w_hh, and if of_chain is 4 b_ih, b_hh.
-Tensor project(const Tensor& x, const Tensor* weights, int64_t directions, int64_t of_chain);
+// x W' (T, B, H) for x (T, B, I) and W (H, I); or (T, B, 2H), by one product, for the W of both directions.
+Tensor project(const Tensor& x, const std::vector<Tensor>& w_ih);
 
 // delta (N, H) of a backward pass and x (N, I) of as many rows, and which of them count.
 struct Pair {
@@ -26,6 +26,9 @@ struct Pair {
 // which are left out, and with subnormal numbers: so they want a FlushInAllThreads around them.
 void input_gradient(const Pair&, const Tensor& w, const Tensor& grad);
 Tensor weight_gradient(const std::vector<Pair>&);
+Tensor bias_gradient(const Tensor& delta);  // the sum of all rows (H)
+// Both, by one pass over delta where there is a kernel.
+std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair&);
 
 // FlushSubnormals in all threads of PyTorch that take part in the operators which this thread calls.
 class FlushInAllThreads {

@@ -63,14 +63,14 @@ extern "C" int host_run(
   return -1;
 }
 
-// Of `count` pairs, whose rows lie `delta_stride` and `x_stride` apart; grad (H, I) is contiguous. Returns as host_run does.
+// Of `count` pairs, whose rows lie `delta_stride` and `x_stride` apart; grad (H, I) and delta_sum (H) are contiguous. Returns as host_run does.
 extern "C" int host_weight_gradient(
     int64_t count, const int64_t* rows, void* const* delta, void* const* x, int64_t delta_stride, int64_t x_stride,
-    int64_t H, int64_t I, void* grad, int threads) try {
+    int64_t H, int64_t I, void* grad, void* delta_sum, int threads) try {
   using namespace rnnkern::cpu;
   std::vector<RowPair> pairs;
   for (int64_t i = 0; i < count; ++i) pairs.push_back({delta[i], x[i], rows[i], delta_stride, x_stride});
-  weight_gradient({pairs.data(), count, H, I, grad}, threads);
+  weight_gradient({pairs.data(), count, H, I, grad, delta_sum}, threads);
   return host::threads_with_tiles;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
