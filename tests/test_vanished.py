@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import rnnkern
 from rnnkern import ops, products
 
-pytestmark = pytest.mark.usefixtures("cpu_library")
+pytestmark = [pytest.mark.usefixtures("cpu_library"), pytest.mark.cpu_only("these products are the CPU's")]
 BLOCK = 128  # rows that are looked at together
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
