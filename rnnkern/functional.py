@@ -157,6 +157,7 @@ def at_once(
     nonlinearity: str,
     bidirectional: bool,
     clip: float,
+    make_taps: Callable[[], Taps | None] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """A plain net on a CPU: where it is short, the way through :func:`rnn` would take longer than the net. Without
     gradients it is one call.
@@ -167,13 +168,14 @@ def at_once(
     given = [input, *flat] if h0 is None else [input, *flat, h0]
     T, B, H = input.shape[0], input.shape[1], flat[1].shape[0]
     with_gradient = wants_gradient(*given)
-    if (with_gradient and (bidirectional or T == 1)) or not layer_function.serves(given):
+    goes_further = bidirectional or T == 1 if with_gradient else make_taps is not None
+    if goes_further or not layer_function.serves(given):
         return None
     if input.shape[2] != flat[0].shape[1] or not (h0 is None or h0.shape == (len(weights), B, H)):
         return None
     if with_gradient:
         h0 = input.new_zeros(len(weights), B, H) if h0 is None else h0
-        return layer_function.layers(input, h0, weights, nonlinearity, clip)
+        return layer_function.layers(input, h0, weights, nonlinearity, clip, None if make_taps is None else make_taps())
     has_biases = len(flat) > 2 * len(weights)
     if T == 1 and not backends.is_named():  # no chain: as in streaming, torch.nn.RNN's own operator does it all
         operator = torch._VF.rnn_tanh if nonlinearity == "tanh" else torch._VF.rnn_relu

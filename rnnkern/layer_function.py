@@ -5,6 +5,7 @@ Where a sequence is short, the way through PyTorch's operators and nodes takes l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,12 +40,19 @@ def serves(given: Sequence[Tensor]) -> bool:
 
 
 def layers(
-    input: Tensor, h0: Tensor, weights: Sequence[LayerWeights], nonlinearity: str, clip: float
+    input: Tensor,
+    h0: Tensor,
+    weights: Sequence[LayerWeights],
+    nonlinearity: str,
+    clip: float,
+    taps: Callable[[int, int], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, B, H) and h_n (layers, B, H) of a net over ``input`` (T, B, I) from h0 (layers, B, H)."""
     h_n = []
     for i, of_layer in enumerate(weights):
-        input, last = layer(input, h0 if len(weights) == 1 else h0[i : i + 1], of_layer, nonlinearity, clip)
+        state = h0 if len(weights) == 1 else h0[i : i + 1]
+        tap = None if taps is None else functools.partial(taps, i, 0)
+        input, last = layer(input, state, of_layer, nonlinearity, clip, tap)
         h_n.append(last)
     return input, h_n[0] if len(weights) == 1 else torch.cat(h_n)
 
@@ -55,7 +63,7 @@ def layer(
     weights: LayerWeights,
     nonlinearity: str,
     clip: float,
-    make_tap: Callable[[], Tensor] | None = None,
+    make_tap: Callable[[], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """h (T, B, H) and h_n (1, B, H) of a layer over ``input`` (T, B, I) from h0 (1, B, H); ``weights`` with both biases
     or neither."""

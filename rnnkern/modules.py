@@ -212,8 +212,10 @@ class RNN(nn.RNNBase):
     ) -> Output:
         T, B = input.shape[:2] if batch_sizes is None else (len(batch_sizes), _samples(hx, batch_sizes, sorted_indices))
         weights = self._weights()
-        if batch_sizes is None and self.tap is None and not with_states and self._is_plain():
-            done = at_once(input, hx, weights, self.nonlinearity, self.bidirectional, self.clip)
+        tap = None if self.tap is None or T == 0 else self.tap
+        make_taps = None if tap is None else lambda: tap(input, T, B, batch_sizes, unsorted_indices)
+        if batch_sizes is None and not with_states and self._is_plain():
+            done = at_once(input, hx, weights, self.nonlinearity, self.bidirectional, self.clip, make_taps)
             if done is not None:
                 return Output(*done, [])
         states = (self.num_layers * (2 if self.bidirectional else 1), B, self.hidden_size)
@@ -239,7 +241,7 @@ class RNN(nn.RNNBase):
             norms=() if self.layer_norm is None else self._norms(),
             residual=self.residual,
             with_states=with_states,
-            taps=None if self.tap is None or T == 0 else self.tap(input, T, B, batch_sizes, unsorted_indices),
+            taps=None if make_taps is None else make_taps(),
         )
         if unsorted_indices is None:
             return result

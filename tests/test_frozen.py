@@ -225,32 +225,35 @@ def test_statistics_that_nobody_receives() -> None:
 
 
 @pytest.mark.cpu_only("the operators for whole layers are the CPU's")
-class TestLayerAtOnce:
-    @pytest.mark.parametrize("what", WEIGHTS)
-    @pytest.mark.parametrize("input_requires_grad", [False, True], ids=["", "input"])
-    def test_frozen(self, what: str, input_requires_grad: bool) -> None:
-        names, gemms, sums = WEIGHTS[what]
-        module = frozen(rnnkern.RNN(I, H), *names)
-        loss = module(torch.randn(T, B, I, requires_grad=input_requires_grad))[0].square().mean()
-        with Work() as backward:
-            loss.backward()
-        assert backward.wanted == [(input_requires_grad, GRAD_W_IH in gemms, sums == 1, GRAD_W_HH in gemms, False)]
-        for name, p in module.named_parameters():
-            assert (p.grad is not None) == p.requires_grad, name
+@pytest.mark.parametrize("what", WEIGHTS)
+@pytest.mark.parametrize("input_requires_grad", [False, True], ids=["", "input"])
+def test_one_layer_at_once(what: str, input_requires_grad: bool) -> None:
+    names, gemms, sums = WEIGHTS[what]
+    module = frozen(rnnkern.RNN(I, H), *names)
+    loss = module(torch.randn(T, B, I, requires_grad=input_requires_grad))[0].square().mean()
+    with Work() as backward:
+        loss.backward()
+    assert backward.wanted == [(input_requires_grad, GRAD_W_IH in gemms, sums == 1, GRAD_W_HH in gemms, False)]
+    for name, p in module.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
 
-    @pytest.mark.parametrize("small", [False, True], ids=["", "small"])
-    @pytest.mark.parametrize("how", ["autograd.grad", "backward"])
-    def test_gradients_of_some(self, how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(autograd, "_WORK_OF_ASKING", T * B * H * H + small)
-        module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
-        backward = gradient_of_the_input(how, module(x)[0].square().mean(), x)
-        # The product for W_ih is smaller, I < H, and nobody asks for it; the sum for the biases takes longer.
-        assert backward.wanted == [(True, True, False, small, False)]
-        assert all(p.grad is None for p in module.parameters())
 
-    def test_statistics_that_nobody_receives(self) -> None:
-        module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
-        with rnnkern.watch(module) as flow:
-            backward = gradient_of_the_input("autograd.grad", module(x)[0].square().mean(), x)
-            assert flow.read() is None
-        assert [wanted[-1] for wanted in backward.wanted] == [False]
+@pytest.mark.cpu_only("the operators for whole layers are the CPU's")
+@pytest.mark.parametrize("small", [False, True], ids=["", "small"])
+@pytest.mark.parametrize("how", ["autograd.grad", "backward"])
+def test_gradients_of_some_at_once(how: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_WORK_OF_ASKING", T * B * H * H + small)
+    module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+    backward = gradient_of_the_input(how, module(x)[0].square().mean(), x)
+    # The product for W_ih is smaller, I < H, and nobody asks for it; the sum for the biases takes longer.
+    assert backward.wanted == [(True, True, False, small, False)]
+    assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.cpu_only("the operators for whole layers are the CPU's")
+def test_statistics_that_nobody_receives_at_once() -> None:
+    module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
+    with rnnkern.watch(module) as flow:
+        backward = gradient_of_the_input("autograd.grad", module(x)[0].square().mean(), x)
+        assert flow.read() is None
+    assert [wanted[-1] for wanted in backward.wanted] == [False]
