@@ -19,7 +19,7 @@ from rnnkern.autograd import backward_chain, grad_w_hh_of, is_eager, is_observed
 LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 #: Multiply-adds that take as long as reading a number from memory.
-_WORK_OF_READING = 32
+_WORK_OF_READING = 8
 
 
 def serves(given: Sequence[Tensor]) -> bool:

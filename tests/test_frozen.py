@@ -245,8 +245,11 @@ def test_gradients_of_some_at_once(how: str, small: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(autograd, "_WORK_OF_ASKING", T * B * H * H + small)
     module, x = rnnkern.RNN(I, H), torch.randn(T, B, I, requires_grad=True)
     backward = gradient_of_the_input(how, module(x)[0].square().mean(), x)
-    # The product for W_ih is smaller, I < H, and nobody asks for it; the sum for the biases takes longer.
-    assert backward.wanted == [(True, True, False, small, False)]
+    # The product for W_ih is smaller, I < H, and so is the sum for the biases.
+    assert backward.wanted == [(True, True, True, small, False)]
+    monkeypatch.setattr(autograd, "_WORK_OF_ASKING", 0)
+    backward = gradient_of_the_input(how, module(x)[0].square().mean(), x)
+    assert backward.wanted == [(True, False, False, False, False)]
     assert all(p.grad is None for p in module.parameters())
 
 

@@ -147,7 +147,15 @@ import os, signal, torch, rnnkern
 torch.set_num_threads(2)
 sizes = (99, 1, 256), (9, 40, 64)
 few, many = ((torch.ones(T, B, H), torch.zeros(B, H), torch.eye(H), None, False, "tanh") for T, B, H in sizes)
-ours = lambda: [torch.ops.rnnkern.recurrence(*arguments) for arguments in (few, many)]
+chains = lambda: [torch.ops.rnnkern.recurrence(*arguments) for arguments in (few, many)]
+def step():
+    module, x = rnnkern.RNN(3, 4), torch.ones(5, 2, 3)  # whose products PyTorch computes on one thread
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(0.1)
+    module(x)[0].sum().backward()
+    return [p.grad for p in module.parameters()]
+ours = lambda: chains() + step()
 before = ours()
 torch.ones(1 << 20).add(1)  # libgomp's threads are there whoever asked for them
 if (child := os.fork()) == 0:

@@ -1,5 +1,6 @@
 #include "cpu/products.h"
 
+#include "cpu/team.h"
 #include "cpu/weight_gradient.h"
 
 namespace rnnkern::cpu {
@@ -97,8 +98,7 @@ Tensor bias_gradient(const Tensor& delta) { return torch::stable::sum(delta, Sha
 std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair& pair) {
   Tensor grad_b = torch::stable::new_empty(pair.delta, Shape{pair.delta.size(1)});
   // The kernel does nothing where W has no elements.
-  const std::optional<Tensor> grad_w =
-      pair.x.size(1) > 0 ? weight_gradient_on_tiles({pair}, &grad_b) : std::nullopt;
+  const std::optional<Tensor> grad_w = pair.x.size(1) > 0 ? weight_gradient_on_tiles({pair}, &grad_b) : std::nullopt;
   if (grad_w) return {*grad_w, grad_b};
   return {weight_gradient({pair}), bias_gradient(pair.delta)};
 }
@@ -107,6 +107,7 @@ namespace {
 
 template <class F>
 void in_each(int64_t threads, const F& f) {
+  if (is_forked) return f(0);  // PyTorch's threads stayed with the parent
   torch::stable::parallel_for(0, threads, 1, [&f](int64_t i, int64_t) { f(i); });
 }
 
