@@ -90,8 +90,9 @@ struct Part {
 
 // The kernels of one instruction set for one dtype.
 struct Kernels {
-  int64_t (*panels)(int64_t H);                     // the packed factor is made of so many panels
-  size_t (*packed_bytes)(int64_t H);                //
+  int64_t work_per_meeting;           // multiply-adds in the time that a meeting of threads takes, or a little more
+  int64_t (*panels)(int64_t H);       // the packed factor is made of so many panels
+  size_t (*packed_bytes)(int64_t H);  //
   size_t (*scratch_bytes)(int64_t H, bool shared);  // for each row, a multiple of kAlignment
   // Fills panels [p0, p1); returns whether every element was finite.
   bool (*pack)(const Factor&, int64_t p0, int64_t p1, void* packed);

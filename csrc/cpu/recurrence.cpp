@@ -80,8 +80,6 @@ struct Division {
 
 // Below this many multiply-adds a second thread costs more than it brings (opening a parallel region takes about 1 µs).
 constexpr int64_t kWorkPerThread = 1 << 17;
-// The same for a member's share of a step (meeting the others takes about 0.3 µs).
-constexpr int64_t kWorkPerMeeting = 1 << 13;
 // Rows that read the factor once for all, as many as the product takes in one block with two panels, or nearly so.
 constexpr int64_t kRowsPerGroup = 4;
 // A factor that is better read in parts, each by the core that keeps it, than whole by all cores.
@@ -98,7 +96,7 @@ Division divide(const Kernels& kernels, const Steps& steps, int threads, bool ma
     const int64_t available = std::min<int64_t>(useful, omp_get_num_procs()) / groups;
     const double step = static_cast<double>(steps.B) / groups * H * H;
     return std::min<int64_t>(
-        {available, kernels.panels(H), static_cast<int64_t>(std::min(step / kWorkPerMeeting, 1e9))});
+        {available, kernels.panels(H), static_cast<int64_t>(std::min(step / kernels.work_per_meeting, 1e9))});
   };
   int64_t groups = std::max<int64_t>(1, std::min(useful, steps.B));
   if (!may_share) return {static_cast<int>(groups), 1};
