@@ -112,9 +112,7 @@ def rnn(
     for layer in range(layers):
         first, end = layer * directions, (layer + 1) * directions
         if is_fused:
-            state = h0 if layers == 1 else h0[first:end]
-            tap = None if taps is None else functools.partial(taps, layer, 0)
-            joined, *h_n = layer_function.layer(input, state, weights[layer], nonlinearity, clip, tap)
+            joined, *h_n = layer_function.layer(layer, input, h0, weights, nonlinearity, clip, taps)
         elif (
             bidirectional
             and plain
@@ -168,8 +166,10 @@ def at_once(
     given = [input, *flat] if h0 is None else [input, *flat, h0]
     T, B, H = input.shape[0], input.shape[1], flat[1].shape[0]
     with_gradient = wants_gradient(*given)
-    goes_further = bidirectional or T == 1 if with_gradient else make_taps is not None
-    if goes_further or not layer_function.serves(given):
+    # With gradients both directions are a node of another kind, and a single step is none. Without them a watched net
+    # still asks for its taps, on the long way.
+    is_other_kind = bidirectional or T == 1 if with_gradient else make_taps is not None
+    if is_other_kind or not layer_function.serves(given):
         return None
     if input.shape[2] != flat[0].shape[1] or not (h0 is None or h0.shape == (len(weights), B, H)):
         return None

@@ -5,7 +5,6 @@ Where a sequence is short, the way through PyTorch's operators and nodes takes l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,29 +48,29 @@ def layers(
 ) -> tuple[Tensor, Tensor]:
     """Output (T, B, H) and h_n (layers, B, H) of a net over ``input`` (T, B, I) from h0 (layers, B, H)."""
     h_n = []
-    for i, of_layer in enumerate(weights):
-        state = h0 if len(weights) == 1 else h0[i : i + 1]
-        tap = None if taps is None else functools.partial(taps, i, 0)
-        input, last = layer(input, state, of_layer, nonlinearity, clip, tap)
+    for i in range(len(weights)):
+        input, last = layer(i, input, h0, weights, nonlinearity, clip, taps)
         h_n.append(last)
     return input, h_n[0] if len(weights) == 1 else torch.cat(h_n)
 
 
 def layer(
+    i: int,
     input: Tensor,
     h0: Tensor,
-    weights: LayerWeights,
+    weights: Sequence[LayerWeights],
     nonlinearity: str,
     clip: float,
-    make_tap: Callable[[], Tensor] | None,
+    taps: Callable[[int, int], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """h (T, B, H) and h_n (1, B, H) of a layer over ``input`` (T, B, I) from h0 (1, B, H); ``weights`` with both biases
-    or neither."""
-    x, (w_ih, w_hh, b_ih, b_hh) = input.contiguous(), weights
+    """h (T, B, H) and h_n (1, B, H) of the i-th of these layers, over ``input`` (T, B, I); its ``weights`` with both
+    biases or neither."""
+    w_ih, w_hh, b_ih, b_hh = weights[i]
+    x, state = input.contiguous(), h0 if len(weights) == 1 else h0[i : i + 1]
     # A tap requires grad: alone it would make the output of a frozen net require grad too.
-    tapped = make_tap is not None and any(v is not None and v.requires_grad for v in (x, h0, *weights))
-    tap = make_tap() if make_tap is not None and tapped else None
-    return LayerFunction.apply(x, h0, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip)
+    tapped = taps is not None and any(v is not None and v.requires_grad for v in (x, state, *weights[i]))
+    tap = taps(i, 0) if taps is not None and tapped else None
+    return LayerFunction.apply(x, state, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip)
 
 
 class LayerFunction(torch.autograd.Function):

@@ -114,8 +114,7 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
     }
   }
   if (for_b && !grad_b) grad_b = bias_gradient(delta);
-  const Tensor grad_h0 = new_like(h0);
-  std::memcpy(grad_h0.data_ptr(), chain.grad_h0[0].data_ptr(), B * H * h.element_size());
+  const Tensor grad_h0 = torch::stable::clone(torch::stable::reshape(chain.grad_h0[0], Shape{1, B, H}));
   return {grad_x, grad_w_ih, grad_b, grad_w_hh, grad_h0, chain.stats};
 }
 
