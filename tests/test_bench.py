@@ -238,11 +238,15 @@ def test_a_peer_that_was_slow_is_not_called_where_no_time_is_left(
 
 
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
-def test_peak_of_memory() -> None:
-    """Output, gradient of x, and delta, or what nn.RNN keeps: more than two of them and not many."""
+def test_peak_of_memory(cpu_library: None) -> None:
+    """rnnkern: output, gradient of x, and delta.
+
+    nn.RNN has no bound from above: it keeps blocks of every time step, which two threads allocate and free, and what
+    the C library's fragments add differs from run to run (in all, 6.7 or 8.5 were seen).
+    """
     cell = Cell("train", 2048, 8, 64)
-    elements = memory.peak("nn.RNN", cell, 1) / (cell.T * cell.B * cell.H * 4)
-    assert 3 < elements < 8
+    ours, theirs = (memory.peak(peer, cell, 1) / (cell.T * cell.B * cell.H * 4) for peer in ("rnnkern cpu", "nn.RNN"))
+    assert 2.5 < ours < 4 < theirs
 
 
 def test_memory_says_why_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
