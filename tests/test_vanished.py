@@ -308,3 +308,25 @@ def test_which_are_taken(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
         with rnnkern.use_backend("reference"):
             assert not products.takes(dtype, x, width)
     assert not products.takes(torch.complex64, torch.empty(rows, 32, dtype=torch.complex64), width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of", ["x", "h", "h0"])
+def test_infinity_in_a_row_that_is_zero(dtype: torch.dtype, of: str) -> None:
+    """It is NaN in its own column of its own weight's gradient, whatever the rows are that the other one needs."""
+    sizes = [(T, B, I), (T, B, H), (1, B, H), (T, B, H)]
+    x, h, h0, grad_h = (drawn(i, *size).to(dtype) for i, size in enumerate(sizes))
+    grad_h[:30] = grad_h[60:] = 0
+    w_ih, w_hh = drawn(4, H, I).to(dtype), torch.zeros(H, H, dtype=dtype)
+    {"x": x[70], "h": h[80], "h0": h0[0]}[of][5, 3] = INF
+    for_x, for_w_ih, for_b, for_w_hh, with_stats = False, True, True, True, False
+    grads = ops.layer_backward(
+        grad_h, None, x, w_ih, h, h0, w_hh, "relu", INF, for_x, for_w_ih, for_b, for_w_hh, with_stats
+    )
+    delta = torch.where(h > 0, grad_h, torch.zeros_like(grad_h))
+    before = torch.cat([h0, h[:-1]])
+    for name, ours, factor in (("w_ih", grads[1], x), ("w_hh", grads[3], before)):
+        rows, plain = delta.flatten(0, 1), factor.flatten(0, 1)
+        assert_as_good(name, ours, rows.T @ plain, rows.double().T @ plain.double())
+        assert bool(ours.isnan().any()) == (name == ("w_ih" if of == "x" else "w_hh"))
+    assert_as_good("b", grads[2], rows.sum(0), rows.double().sum(0))

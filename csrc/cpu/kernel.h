@@ -109,19 +109,37 @@ struct RowPair {
   int64_t rows, delta_stride, x_stride;
 };
 
-// grad (H, I) <- the sum of delta' x over all pairs, and delta_sum (H) <- that of delta.
+// Rows of a matrix, in bfloat16, `stride` elements apart.
+struct StridedRows {
+  const void* data;
+  int64_t stride;
+};
+
+// Some rows of delta (n, H), and of the x (n, I) that are multiplied with it.
+constexpr int kFactors = 2;
+struct RowRun {
+  int64_t rows;
+  StridedRows delta, x[kFactors];
+};
+
+// grad[i] (H, I[i]) <- the sum of delta' x[i] over all runs, and delta_sum (H) <- that of delta. I = 0 for one that nobody wants.
 struct WeightGradient {
-  const RowPair* pairs;
-  int64_t count, H, I;
-  void* grad;
+  const RowRun* runs;
+  int64_t count, H, I[kFactors];
+  void* grad[kFactors];
   void* delta_sum = nullptr;  // null: nobody wants it
 };
 
-// Its kernel, in bfloat16. Rows and columns of grad are divided in panels of so many.
+// Its kernel. Rows of the gradients are divided in panels of so many, and columns, one gradient's after the other's.
 struct WeightGradientKernel {
   int64_t panel;
-  size_t (*scratch_bytes)(int64_t panels);  // for so many panels of rows
-  void (*run)(const WeightGradient&, int64_t row0, int64_t row1, int64_t column0, int64_t column1, void* scratch);
+  size_t scratch_bytes;
+  size_t (*sums_bytes)(const WeightGradient&);
+  // sums <- of these panels, in float32
+  void (*sum)(
+      const WeightGradient&, int64_t row0, int64_t row1, int64_t column0, int64_t column1, void* scratch, void* sums);
+  // The gradients, rows of these panels <- `count` sums, `stride` bytes apart.
+  void (*round)(const WeightGradient&, int64_t row0, int64_t row1, void* sums, int64_t count, size_t stride);
 };
 
 struct InstructionSet {

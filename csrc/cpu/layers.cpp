@@ -97,21 +97,31 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
   Maybe grad_x, grad_w_ih, grad_b, grad_w_hh;
   const Tensor delta = as_rows(chain.delta);
   const FlushInAllThreads flush;
+  const Pair rows = for_w_ih ? Pair(delta, as_rows(x)) : Pair(delta);
   if (for_w_hh) {
-    std::vector<Pair> pairs{{narrowed(delta, 0, B, N - B), narrowed(as_rows(h), 0, 0, N - B)}};
-    const Tensor first = narrowed(delta, 0, 0, B);
-    const bool begins_with_zeros = Pair(initial, first).needed.empty();
-    if (!begins_with_zeros) pairs.emplace_back(first, initial);
-    grad_w_hh = weight_gradient(pairs);
-  }
-  if (for_x || for_w_ih) {
-    const Pair rows = for_w_ih ? Pair(delta, as_rows(x)) : Pair(delta);
-    if (for_w_ih && for_b) std::tie(grad_w_ih, grad_b) = weight_and_bias_gradient(rows);
-    else if (for_w_ih) grad_w_ih = weight_gradient({rows});
-    if (for_x) {
-      grad_x = torch::stable::new_empty(x, Shape{T, B, I});
-      input_gradient(rows, w_ih, as_rows(*grad_x));
+    const Pair later(narrowed(delta, 0, B, N - B), narrowed(as_rows(h), 0, 0, N - B));
+    const Tensor delta_0 = narrowed(delta, 0, 0, B);
+    if (for_w_ih) {
+      if (const auto grads = layer_gradients(rows, Pair(delta_0, initial), later)) {
+        grad_w_ih = grads->w_ih;
+        grad_w_hh = grads->w_hh;
+        if (for_b) grad_b = grads->b;
+      }
     }
+    if (!grad_w_hh) {
+      std::vector<Pair> pairs{later};
+      const bool begins_with_zeros = Pair(initial, delta_0).needed.empty();
+      if (!begins_with_zeros) pairs.emplace_back(delta_0, initial);
+      grad_w_hh = weight_gradient(pairs);
+    }
+  }
+  if (for_w_ih && !grad_w_ih) {
+    if (for_b) std::tie(grad_w_ih, grad_b) = weight_and_bias_gradient(rows);
+    else grad_w_ih = weight_gradient({rows});
+  }
+  if (for_x) {
+    grad_x = torch::stable::new_empty(x, Shape{T, B, I});
+    input_gradient(rows, w_ih, as_rows(*grad_x));
   }
   if (for_b && !grad_b) grad_b = bias_gradient(delta);
   const Tensor grad_h0 = torch::stable::clone(torch::stable::reshape(chain.grad_h0[0], Shape{1, B, H}));

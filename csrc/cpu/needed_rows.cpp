@@ -62,4 +62,15 @@ std::vector<Run> needed_rows(const RowPair& pair, int64_t H, int64_t I, Dtype dt
   return runs;
 }
 
+std::vector<Run> united(std::vector<Run> runs, const std::vector<Run>& others) {
+  runs.insert(runs.end(), others.begin(), others.end());
+  std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
+  std::vector<Run> all;
+  for (const Run& run : runs) {
+    if (!all.empty() && run.begin <= all.back().end) all.back().end = std::max(all.back().end, run.end);
+    else all.push_back(run);
+  }
+  return all;
+}
+
 }  // namespace rnnkern::cpu

@@ -16,5 +16,7 @@ struct Run {
 // leave out. Rows are looked at by kRowsAtOnce, and no longer than until one of them is needed.
 constexpr int64_t kRowsAtOnce = 128;
 std::vector<Run> needed_rows(const RowPair&, int64_t H, int64_t I, Dtype, int threads);
+// What lies in either.
+std::vector<Run> united(std::vector<Run>, const std::vector<Run>&);
 
 }  // namespace rnnkern::cpu

@@ -1,5 +1,7 @@
 #include "cpu/products.h"
 
+#include <algorithm>
+
 #include "cpu/team.h"
 #include "cpu/weight_gradient.h"
 
@@ -61,18 +63,35 @@ void input_gradient(const Pair& pair, const Tensor& w, const Tensor& grad) {
 
 namespace {
 
+StridedRows strided(const Tensor& rows) { return {rows.data_ptr(), rows.stride(0)}; }
+
+int64_t rows_in(const std::vector<Run>& runs) {
+  int64_t rows = 0;
+  for (const Run run : runs) rows += run.end - run.begin;
+  return rows;
+}
+
 // By the kernel, where there is one that is faster. `delta_sum` (H) is filled too, if given.
 std::optional<Tensor> weight_gradient_on_tiles(const std::vector<Pair>& pairs, Tensor* delta_sum) {
   const Tensor& delta = pairs.front().delta;
   const int64_t H = delta.size(1), I = pairs.front().x.size(1);
-  std::vector<RowPair> parts;
+  int64_t rows = 0;
+  for (const Pair& pair : pairs) rows += rows_in(pair.needed);
+  if (!has_weight_gradient(dtype_of(delta), rows, H, I)) return std::nullopt;
+  std::vector<RowRun> runs;
   for (const Pair& pair : pairs) {
-    for (const Run run : pair.needed) parts.push_back(row_pair(rows_of(pair.delta, run), rows_of(pair.x, run)));
+    for (const Run run : pair.needed) {
+      const StridedRows x = strided(rows_of(pair.x, run));
+      runs.push_back({run.end - run.begin, strided(rows_of(pair.delta, run)), {x, x}});
+    }
   }
-  if (!has_weight_gradient(dtype_of(delta), parts, H, I)) return std::nullopt;
   const Tensor grad = torch::stable::new_empty(delta, Shape{H, I});
   weight_gradient(
-      {parts.data(), static_cast<int64_t>(parts.size()), H, I, grad.data_ptr(),
+      {runs.data(),
+       static_cast<int64_t>(runs.size()),
+       H,
+       {I, 0},
+       {grad.data_ptr(), nullptr},
        delta_sum ? delta_sum->data_ptr() : nullptr},
       threads());
   return grad;
@@ -101,6 +120,40 @@ std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair& pair) {
   const std::optional<Tensor> grad_w = pair.x.size(1) > 0 ? weight_gradient_on_tiles({pair}, &grad_b) : std::nullopt;
   if (grad_w) return {*grad_w, grad_b};
   return {weight_gradient({pair}), bias_gradient(pair.delta)};
+}
+
+std::optional<LayerGradients> layer_gradients(const Pair& all, const Pair& first, const Pair& later) {
+  const Dtype dtype = dtype_of(all.delta);
+  const int64_t H = all.delta.size(1), I = all.x.size(1);
+  std::vector<RowRun> runs;
+  int64_t begin = 0, rows = 0;
+  for (const Pair* const part : {&first, &later}) {
+    const int64_t end = begin + part->delta.size(0);
+    std::vector<Run> of_x;
+    for (const Run run : all.needed) {
+      const Run within{std::max(run.begin, begin) - begin, std::min(run.end, end) - begin};
+      if (within.begin < within.end) of_x.push_back(within);
+    }
+    for (const Run run : united(of_x, part->needed)) {
+      const Tensor x = rows_of(all.x, {begin + run.begin, begin + run.end});
+      runs.push_back(
+          {run.end - run.begin, strided(rows_of(part->delta, run)), {strided(x), strided(rows_of(part->x, run))}});
+      rows += run.end - run.begin;
+    }
+    begin = end;
+  }
+  if (!has_weight_gradient(dtype, rows, H, I) || !has_weight_gradient(dtype, rows, H, H)) return std::nullopt;
+  const auto empty = [&](const Shape& shape) { return torch::stable::new_empty(all.delta, shape); };
+  LayerGradients grads{empty({H, I}), empty({H, H}), empty({H})};
+  weight_gradient(
+      {runs.data(),
+       static_cast<int64_t>(runs.size()),
+       H,
+       {I, H},
+       {grads.w_ih.data_ptr(), grads.w_hh.data_ptr()},
+       grads.b.data_ptr()},
+      threads());
+  return grads;
 }
 
 namespace {

@@ -1,6 +1,7 @@
 // The products over all rows of a sequence: PyTorch's, or a kernel of our own where there is one.
 #pragma once
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -29,6 +30,13 @@ Tensor weight_gradient(const std::vector<Pair>&);
 Tensor bias_gradient(const Tensor& delta);  // the sum of all rows (H)
 // Both, by one pass over delta where there is a kernel.
 std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair&);
+
+// Of both weights of a layer, and of its bias, by one pass over delta; nothing where there is no kernel for that.
+struct LayerGradients {
+  Tensor w_ih, w_hh, b;
+};
+// delta's rows of all steps with x; those of the first step with h0, and those of the later ones with h of the step before.
+std::optional<LayerGradients> layer_gradients(const Pair& all, const Pair& first, const Pair& later);
 
 // FlushSubnormals in all threads of PyTorch that take part in the operators which this thread calls.
 class FlushInAllThreads {

@@ -2,14 +2,12 @@
 // does not make the most of.
 #pragma once
 
-#include <vector>
-
 #include "cpu/kernel.h"
 
 namespace rnnkern::cpu {
 
 // Whether there is a kernel for it, and one that is faster than PyTorch's product of this size.
-bool has_weight_gradient(Dtype, const std::vector<RowPair>&, int64_t H, int64_t I);
+bool has_weight_gradient(Dtype, int64_t rows, int64_t H, int64_t I);
 // Only where there is a kernel. `threads` is the most that may run; the bits do not depend on it.
 void weight_gradient(const WeightGradient&, int threads);
 

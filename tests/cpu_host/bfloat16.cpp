@@ -63,14 +63,16 @@ extern "C" int host_run(
   return -1;
 }
 
-// Of `count` pairs, whose rows lie `delta_stride` and `x_stride` apart; grad (H, I) and delta_sum (H) are contiguous. Returns as host_run does.
+// Of `count` runs, whose rows lie `delta_stride` and `x_stride[i]` apart; grad[i] (H, I[i]) and delta_sum (H) are contiguous. Returns
+// as host_run does.
 extern "C" int host_weight_gradient(
-    int64_t count, const int64_t* rows, void* const* delta, void* const* x, int64_t delta_stride, int64_t x_stride,
-    int64_t H, int64_t I, void* grad, void* delta_sum, int threads) try {
+    int64_t count, const int64_t* rows, void* const* delta, void* const* x0, void* const* x1, int64_t delta_stride,
+    const int64_t* x_stride, int64_t H, const int64_t* I, void* const* grad, void* delta_sum, int threads) try {
   using namespace rnnkern::cpu;
-  std::vector<RowPair> pairs;
-  for (int64_t i = 0; i < count; ++i) pairs.push_back({delta[i], x[i], rows[i], delta_stride, x_stride});
-  weight_gradient({pairs.data(), count, H, I, grad, delta_sum}, threads);
+  std::vector<RowRun> runs;
+  for (int64_t i = 0; i < count; ++i)
+    runs.push_back({rows[i], {delta[i], delta_stride}, {{x0[i], x_stride[0]}, {x1[i], x_stride[1]}}});
+  weight_gradient({runs.data(), count, H, {I[0], I[1]}, {grad[0], grad[1]}, delta_sum}, threads);
   return host::threads_with_tiles;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
