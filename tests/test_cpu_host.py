@@ -16,12 +16,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Answers, Problem, assert_same_nonfinite, check, drawn, make_problem, same_bits, truth, ulps
+from helpers import (
+    Answers,
+    Problem,
+    assert_as_good,
+    assert_same_nonfinite,
+    check,
+    drawn,
+    make_problem,
+    same_bits,
+    truth,
+    ulps,
+)
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
-Run = Callable[[Problem, int], Answers]
+Run = Callable[..., Answers]
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +87,9 @@ def run_of(library: ctypes.CDLL) -> Run:
         assert tensor is None or tensor.is_contiguous()
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
-    def answers(p: Problem, threads: int) -> Answers:
+    def answers(
+        p: Problem, threads: int, x: Tensor | None = None, w_ih: Tensor | None = None, grad_x: Tensor | None = None
+    ) -> Answers:
         assert p.z.dtype == torch.bfloat16
         T, (B, H) = len(p.sizes), p.h0.shape
         offsets = None if p.batch_sizes is None else p.batch_sizes.cumsum(0) - p.batch_sizes
@@ -85,16 +98,17 @@ def run_of(library: ctypes.CDLL) -> Run:
             torch.zeros(4, T, B, dtype=torch.float64),
         )  # fmt: skip
 
-        def call(backward: bool, *tensors: Tensor | None) -> None:
+        def call(backward: bool, rows: Tensor | None, *tensors: Tensor | None) -> None:
             left = library.host_run(
                 int(backward), *map(ctypes.c_int64, (T, B, H)), *map(pointer, (p.batch_sizes, offsets)),
                 *map(pointer, tensors), pointer(p.w_hh), int(p.reverse), int(p.nonlinearity == "relu"),
-                ctypes.c_double(p.clip), threads,
+                ctypes.c_double(p.clip), ctypes.c_int64(0 if w_ih is None else w_ih.shape[1]), pointer(rows),
+                pointer(w_ih), threads,
             )  # fmt: skip
             assert left == 0, "threads have kept their tiles" if left > 0 else "failed"
 
-        call(False, p.z, None, out.h, p.h0, None, None)
-        call(True, p.grad_h, p.h, out.delta, p.grad_hn, out.grad_h0, out.stats)
+        call(False, x, p.z, None, out.h, p.h0, None, None)
+        call(True, grad_x, p.grad_h, p.h, out.delta, p.grad_hn, out.grad_h0, out.stats)
         return out
 
     return answers
@@ -153,6 +167,47 @@ def test_infinite_and_not_a_number(run: Run, B: int) -> None:
     assert p.h[3, 0].isposinf().all() and p.h[3, 1].isnan().all()
     for name, ours, true in zip(Answers._fields, run(p, 1), truth(p), strict=True):
         assert_same_nonfinite(name, ours, true)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("I", [1, 40, 64])
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 8), (150, 1, 20), (9, 3, 33), (13, 20, 24), (3, 70, 40)])
+def test_projection_on_the_way(run: Run, T: int, B: int, H: int, I: int, reverse: bool) -> None:
+    """The product with W_ih, a few steps at a time, is what it is over all of them, forward and back."""
+    p = make_problem(T, B, H, torch.bfloat16, reverse=reverse)
+    x, w_ih = drawn(5, T, B, I).bfloat16(), (drawn(6, H, I) / I**0.5).bfloat16()
+    grad_h = p.grad_h.clone()
+    grad_h[T // 3 : T // 2] = 0
+    p = p.replace(grad_h=grad_h, h=p.h)
+
+    def computed(threads: int) -> list[Tensor]:
+        grad_x = torch.full_like(x, 7)
+        return [*run(p.replace(z=torch.full_like(p.z, 7), h=p.h), threads, x, w_ih, grad_x), grad_x]
+
+    def states(dtype: torch.dtype) -> Tensor:
+        z, h, w_hh = x.to(dtype) @ w_ih.to(dtype).T, p.h0.to(dtype), p.w_hh.to(dtype)
+        found = {}
+        for t in reversed(range(T)) if reverse else range(T):
+            found[t] = h = torch.tanh(z[t] + h @ w_hh.T)
+        return torch.stack([found[t] for t in range(T)])
+
+    h, delta, *_, grad_x = one = computed(1)
+    assert_as_good("h", h, states(torch.bfloat16), states(torch.float64))
+    assert_as_good("grad_x", grad_x, delta @ w_ih, delta.double() @ w_ih.double())
+    for threads in (2, 5):
+        assert same_bits(one, computed(threads))
+
+
+def test_projection_of_nothing(run: Run) -> None:
+    """Rows of zeros have no product, unless 0 times infinity asks for one."""
+    p = make_problem(80, 2, 9, torch.bfloat16)
+    p = p.replace(grad_h=torch.zeros_like(p.grad_h), grad_hn=None)
+    w_ih, x = torch.ones(9, 5).bfloat16(), drawn(0, 80, 2, 5).bfloat16()
+    for value in (1.0, float("inf")):
+        w_ih[3, 4] = value
+        grad_x = torch.full_like(x, 7)
+        run(p, 1, x, w_ih, grad_x)
+        assert (grad_x[..., :4] == 0).all() and (grad_x[..., 4].isnan() if value > 1 else grad_x[..., 4] == 0).all()
 
 
 @pytest.mark.parametrize("B", [1, 40])

@@ -34,10 +34,6 @@ Steps steps_of(const Sequence& sequence, bool reverse) {
       reverse};
 }
 
-AnyRows rows_of(const Walkable& walkable) {
-  return {walkable.memory.data_ptr(), walkable.time_stride, walkable.row_stride};
-}
-
 // One direction of a layer's rows (.., 2H), which lie side by side.
 Tensor half(const Tensor& both, int direction) {
   const int64_t last = both.dim() - 1, H = both.size(last) / 2;
@@ -105,7 +101,8 @@ void bidirectional_in_place_op(
 Gradients launch_backward(
     const Tensor& grad_h, const std::vector<std::optional<Tensor>>& grad_hn, const Tensor& h,
     const std::vector<Tensor>& h0, const std::vector<Tensor>& w_hh, const std::optional<Tensor>& batch_sizes,
-    bool reverse, const std::string& nonlinearity, double clip, bool with_stats) {
+    bool reverse, const std::string& nonlinearity, double clip, bool with_stats,
+    const std::optional<InputGradient>& of_x) {
   const bool both = h0.size() == 2;
   std::vector<Sequence> sequences;
   for (size_t i = 0; i < h0.size(); ++i) {
@@ -128,7 +125,7 @@ Gradients launch_backward(
   std::vector<Chain<Backward>> chains;
   for (size_t i = 0; i < h0.size(); ++i) {
     out.grad_h0.push_back(new_like(h0[i]));
-    const Backward job{
+    Backward job{
         steps_of(sequences[i], reverse || i == 1),
         keep(walkable(both ? half(grad_h, i) : grad_h)),
         grad_hn[i] ? keep(walkable(*grad_hn[i])) : AnyRows{nullptr, 0, 0},
@@ -138,7 +135,8 @@ Gradients launch_backward(
         clip,
         stats ? stats + i * 4 * T * B : nullptr,
         true};
-    chains.push_back({job, weights_of(w_hh[i])});
+    if (of_x) job.grad_x = {rows_of(as_it_lies(of_x->grad)), of_x->grad.size(2)};
+    chains.push_back({job, weights_of(w_hh[i]), of_x ? weights_of(of_x->w_ih) : Weights{}});
   }
   recurrence_backward(chains, dtype_of(h), nonlinearity_of(nonlinearity), threads());
   for (size_t i = 0; T == 0 && i < h0.size(); ++i) {  // no step to carry the gradient through

@@ -27,6 +27,10 @@ inline Tensor narrowed(const Tensor& tensor, int64_t dim, int64_t begin, int64_t
 // (T, B, .) -> (T B, .)
 inline Tensor as_rows(const Tensor& x) { return torch::stable::reshape(x, Shape{x.size(0) * x.size(1), x.size(2)}); }
 
+inline AnyRows rows_of(const Walkable& walkable) {
+  return {walkable.memory.data_ptr(), walkable.time_stride, walkable.row_stride};
+}
+
 // What the backward of one or two chains returns.
 struct Gradients {
   Tensor delta;
@@ -34,10 +38,16 @@ struct Gradients {
   std::optional<Tensor> stats;  // (4, T, B), or (2, 4, T, B) of two
 };
 
+// grad (T, B, I) <- delta W_ih, which the chain computes on its way; where has_row_products().
+struct InputGradient {
+  Tensor grad, w_ih;
+};
+
 Gradients launch_backward(
     const Tensor& grad_h, const std::vector<std::optional<Tensor>>& grad_hn, const Tensor& h,
     const std::vector<Tensor>& h0, const std::vector<Tensor>& w_hh, const std::optional<Tensor>& batch_sizes,
-    bool reverse, const std::string& nonlinearity, double clip, bool with_stats);
+    bool reverse, const std::string& nonlinearity, double clip, bool with_stats,
+    const std::optional<InputGradient>& of_x = std::nullopt);
 
 // An operator of PyTorch.
 template <class... Arguments>

@@ -48,12 +48,24 @@ struct AnyRows {
   }
 };
 
+// A product over all rows that the recurrence does a few steps at a time, while they are in its caches: the input's projection,
+// or back. Only where the kernels' has_row_products() says so, and steps are dense.
+struct RowProduct {
+  AnyRows rows{};  // (T, B, size): x, or its gradient; data null for no product
+  int64_t size = 0;
+  // For the drivers to fill in:
+  const void* packed = nullptr;  // the factor
+  bool finite_weights = false;   // see below
+  void* scratch = nullptr;       // one thread's
+};
+
 struct Forward {
   Steps steps;
   AnyRows z;   // like h; may be h itself
   AnyRows h0;  // (B, H)
   AnyRows h;
   const void* bias = nullptr;  // (H), to be added to every row of z; null for none
+  RowProduct projection{};     // z <- x W_ih' before it is read
 };
 
 struct Backward {
@@ -66,12 +78,13 @@ struct Backward {
   double clip;
   double* stats;        // (4, T, B), zeroed by the caller; null for none
   bool finite_weights;  // 0 * w_hh is 0, so that a chain of zeros needs no product
+  RowProduct grad_x{};  // <- delta W_ih
 };
 
-// A factor (in, out) of the chain's product rows(., in) x factor, element (i, o) at data + i*in_stride + o*out_stride.
+// A factor (in, out) of a product rows(., in) x factor, element (i, o) at data + i*in_stride + o*out_stride.
 struct Factor {
   const void* data;
-  int64_t in_stride, out_stride, H;
+  int64_t in_stride, out_stride, in, out;
 };
 
 // What one thread takes through the whole sequence: rows [b0, b1), of which it computes the hidden units of panels [p0, p1).
@@ -90,15 +103,18 @@ struct Part {
 
 // The kernels of one instruction set for one dtype.
 struct Kernels {
-  int64_t work_per_meeting;           // multiply-adds in the time that a meeting of threads takes, or a little more
-  int64_t (*panels)(int64_t H);       // the packed factor is made of so many panels
-  size_t (*packed_bytes)(int64_t H);  //
+  int64_t work_per_meeting;        // multiply-adds in the time that a meeting of threads takes, or a little more
+  int64_t (*panels)(int64_t out);  // the packed factor is made of so many panels
+  size_t (*packed_bytes)(int64_t in, int64_t out);
   size_t (*scratch_bytes)(int64_t H, bool shared);  // for each row, a multiple of kAlignment
   // Fills panels [p0, p1); returns whether every element was finite.
   bool (*pack)(const Factor&, int64_t p0, int64_t p1, void* packed);
   // Scratch is that of the part's rows; threads that share rows share it.
   void (*forward[kNonlinearities])(const Forward&, const void* packed, Part&, void* scratch);
   void (*backward[kNonlinearities])(const Backward&, const void* packed, Part&, void* scratch);
+  // Whether they have a RowProduct of so many rows (rows, in) a step with a factor (in, out), faster than PyTorch's over all steps.
+  bool (*has_row_products)(int64_t rows, int64_t in, int64_t out);
+  size_t (*row_product_bytes)(int64_t rows, int64_t in);  // a thread's scratch, a multiple of kAlignment
 };
 
 constexpr size_t kAlignment = 64;  // of packed and scratch
@@ -133,7 +149,7 @@ struct WeightGradient {
 // Its kernel. Rows of the gradients are divided in panels of so many, and columns, one gradient's after the other's.
 struct WeightGradientKernel {
   int64_t panel;
-  size_t scratch_bytes;
+  size_t (*scratch_bytes)(int64_t height, int64_t width);  // of a thread that takes so many panels
   size_t (*sums_bytes)(const WeightGradient&);
   // sums <- of these panels, in float32
   void (*sum)(

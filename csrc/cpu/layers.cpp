@@ -49,12 +49,21 @@ std::tuple<Tensor, Tensor> layers_op(
       // b_ih - (-1) b_hh: there is no add
       if (has_biases) biases.push_back(as_contiguous(torch::stable::subtract(weight(i, 2), weight(i, 3), -1)));
     }
-    rows = project(rows, w_ih);  // (T, B, D H)
+    // By the chains themselves where they can, as they go.
+    const Tensor x = rows;
+    const bool is_projected = !has_row_products(dtype, B, x.size(2), H);
+    rows = is_projected ? project(x, w_ih) : torch::stable::new_empty(input, Shape{T, B, D * H});
+    const Walkable x_rows = walkable(x);
     std::vector<Chain<Forward>> of_layer;
     for (int64_t i = 0; i < D; ++i) {
       const AnyRows z{at(rows, i * H), B * D * H, D * H}, initial{at(*h0, (first + i) * B * H), 0, H};
       const void* const bias = has_biases ? biases[i].data_ptr() : nullptr;
-      of_layer.push_back({{{T, B, H, nullptr, nullptr, i == 1}, z, initial, z, bias}, weights_of(weight(i, 1))});
+      Chain<Forward> chain{
+          {{T, B, H, nullptr, nullptr, i == 1}, z, initial, z, bias},
+          weights_of(weight(i, 1)),
+          weights_of(weight(i, 0))};
+      if (!is_projected) chain.job.projection = {rows_of(x_rows), x.size(2)};
+      of_layer.push_back(chain);
     }
     recurrence(of_layer, dtype, nonlinearity_of(nonlinearity), threads());
     for (int64_t i = 0; i < D; ++i) {
@@ -89,12 +98,15 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
   check_same("x", x, "h", h);
   check_same("w_ih", w_ih, "h", h);
   const Tensor initial = of_layer(h0);
-  const Gradients chain = launch_backward(
-      grad_h, {grad_hn ? Maybe(of_layer(*grad_hn)) : grad_hn}, h, {initial}, {w_hh}, std::nullopt, false, nonlinearity,
-      clip, with_stats);
-
   // Nothing that is returned is a view of something.
   Maybe grad_x, grad_w_ih, grad_b, grad_w_hh;
+  if (for_x) grad_x = torch::stable::new_empty(x, Shape{T, B, I});
+  std::optional<InputGradient> of_x;  // by the chain itself where it can, as it goes
+  if (for_x && has_row_products(dtype_of(h), B, H, I)) of_x = {*grad_x, w_ih};
+  const Gradients chain = launch_backward(
+      grad_h, {grad_hn ? Maybe(of_layer(*grad_hn)) : grad_hn}, h, {initial}, {w_hh}, std::nullopt, false, nonlinearity,
+      clip, with_stats, of_x);
+
   const Tensor delta = as_rows(chain.delta);
   const FlushInAllThreads flush;
   const Pair rows = for_w_ih ? Pair(delta, as_rows(x)) : Pair(delta);
@@ -119,10 +131,7 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
     if (for_b) std::tie(grad_w_ih, grad_b) = weight_and_bias_gradient(rows);
     else grad_w_ih = weight_gradient({rows});
   }
-  if (for_x) {
-    grad_x = torch::stable::new_empty(x, Shape{T, B, I});
-    input_gradient(rows, w_ih, as_rows(*grad_x));
-  }
+  if (for_x && !of_x) input_gradient(rows, w_ih, as_rows(*grad_x));
   if (for_b && !grad_b) grad_b = bias_gradient(delta);
   const Tensor grad_h0 = torch::stable::clone(torch::stable::reshape(chain.grad_h0[0], Shape{1, B, H}));
   return {grad_x, grad_w_ih, grad_b, grad_w_hh, grad_h0, chain.stats};

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -101,7 +102,7 @@ Division divide(const Kernels& kernels, const Steps& steps, int threads, bool ma
   int64_t groups = std::max<int64_t>(1, std::min(useful, steps.B));
   if (!may_share) return {static_cast<int>(groups), 1};
   int64_t members = members_of(groups);
-  if (steps.B <= 2 * useful && kernels.packed_bytes(H) >= kLargeFactor) {
+  if (steps.B <= 2 * useful && kernels.packed_bytes(H, H) >= kLargeFactor) {
     const int64_t fewer = (steps.B + kRowsPerGroup - 1) / kRowsPerGroup;
     if (fewer < groups && members_of(fewer) > 1) groups = fewer, members = members_of(fewer);
   }
@@ -128,7 +129,58 @@ Plan plan(const Kernels& kernels, const Steps& steps, int chains, int threads, b
   return {alone, false, alone.threads()};
 }
 
-// pack(chain, p0, p1) over all panels, then walk(chain, part, scratch) over all samples and panels, by one team.
+// A factor of one call, which its team packs.
+class PackedFactor {
+ public:
+  PackedFactor(const Kernels& kernels, const Factor& factor)
+      : kernels_(kernels), factor_(factor), data_(allocate(kernels.packed_bytes(factor.in, factor.out))) {}
+
+  // The part of member `me`.
+  void pack(int me, int size) {
+    const int64_t panels = kernels_.panels(factor_.out);
+    if (!kernels_.pack(factor_, panels * me / size, panels * (me + 1) / size, data_.get())) is_finite_ = false;
+  }
+  const void* data() const { return data_.get(); }
+  bool is_finite() const { return is_finite_; }
+
+ private:
+  const Kernels& kernels_;
+  const Factor factor_;
+  const Buffer data_;
+  std::atomic<bool> is_finite_{true};
+};
+
+// What the members of a team need for the products that their jobs have, if any.
+class RowProducts {
+ public:
+  RowProducts(const Kernels& kernels, const Steps& steps, int threads)
+      : kernels_(kernels), steps_(steps), threads_(threads) {}
+
+  void add(const Factor& factor) {
+    factors_.emplace_back(kernels_, factor);
+    bytes_ = kernels_.row_product_bytes(steps_.B, factor.in);
+    scratch_ = allocate(threads_ * bytes_);
+  }
+  void pack(int me, int size) {
+    for (PackedFactor& factor : factors_) factor.pack(me, size);
+  }
+  void fill_in(RowProduct& product, int chain, int me) const {
+    if (factors_.empty()) return;
+    product.packed = factors_[chain].data();
+    product.finite_weights = factors_[chain].is_finite();
+    product.scratch = static_cast<char*>(scratch_.get()) + me * bytes_;
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Steps& steps_;
+  const int threads_;
+  std::deque<PackedFactor> factors_;
+  size_t bytes_ = 0;
+  Buffer scratch_;
+};
+
+// pack(me, size) by each member of a team, then walk(me, chain, part, scratch) over all samples and panels.
 template <class Pack, class Walk>
 void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pack pack, Walk walk) {
   const int64_t panels = kernels.panels(steps.H);
@@ -140,7 +192,7 @@ void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pa
 
   run_team(planned.threads, [&](int me, int size) {
     const FlushSubnormals flush;
-    for (int chain = 0; chain < chains; ++chain) pack(chain, panels * me / size, panels * (me + 1) / size);
+    pack(me, size);
     Member(&flags[chains * planned.threads], me, size).meet(false);
 
     // A team that comes out smaller, as one thread inside another parallel region, shares no rows.
@@ -157,7 +209,7 @@ void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pa
           panels * member / division.members,
           panels * (member + 1) / division.members,
           {&flags[chain * planned.threads + group * division.members], member, division.members}};
-      walk(chain, part, static_cast<char*>(scratch.get()) + (chain * steps.B + b0) * row_bytes);
+      walk(me, chain, part, static_cast<char*>(scratch.get()) + (chain * steps.B + b0) * row_bytes);
       if (part.member.is_dissolved()) {
         no_sharing_before = (Clock::now() + kPauseOfSharing * part.member.waited()).time_since_epoch().count();
       }
@@ -167,19 +219,30 @@ void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pa
 
 }  // namespace
 
+bool has_row_products(Dtype dtype, int64_t rows, int64_t in, int64_t out) {
+  return kernels_of(dtype).has_row_products(rows, in, out);
+}
+
 void recurrence(const std::vector<Chain<Forward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
   const Kernels& kernels = kernels_of(dtype);
   const Steps& steps = chains.front().job.steps;
-  std::vector<Buffer> packed;
-  for (size_t i = 0; i < chains.size(); ++i) packed.push_back(allocate(kernels.packed_bytes(steps.H)));
+  std::deque<PackedFactor> w_hh;
+  RowProducts projections(kernels, steps, threads);
+  for (const auto& [job, hidden, input] : chains) {  // x W' and h_{t-1} W': summed over the columns of both
+    w_hh.emplace_back(kernels, Factor{hidden.data, hidden.column_stride, hidden.row_stride, steps.H, steps.H});
+    if (job.projection.rows.data)
+      projections.add({input.data, input.column_stride, input.row_stride, job.projection.size, steps.H});
+  }
   run(
       kernels, steps, static_cast<int>(chains.size()), threads,
-      [&](int i, int64_t p0, int64_t p1) {
-        const Weights& w = chains[i].w_hh;  // h_{t-1} W': summed over W's columns
-        kernels.pack({w.data, w.column_stride, w.row_stride, steps.H}, p0, p1, packed[i].get());
+      [&](int me, int size) {
+        for (PackedFactor& w : w_hh) w.pack(me, size);
+        projections.pack(me, size);
       },
-      [&](int i, Part& part, void* scratch) {
-        kernels.forward[nonlinearity](chains[i].job, packed[i].get(), part, scratch);
+      [&](int me, int i, Part& part, void* scratch) {
+        Forward job = chains[i].job;
+        projections.fill_in(job.projection, i, me);
+        kernels.forward[nonlinearity](job, w_hh[i].data(), part, scratch);
       });
 }
 
@@ -187,20 +250,24 @@ void recurrence_backward(
     const std::vector<Chain<Backward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
   const Kernels& kernels = kernels_of(dtype);
   const Steps& steps = chains.front().job.steps;
-  std::vector<Buffer> packed;
-  for (size_t i = 0; i < chains.size(); ++i) packed.push_back(allocate(kernels.packed_bytes(steps.H)));
-  std::vector<std::atomic<bool>> infinite(chains.size());
+  std::deque<PackedFactor> w_hh;
+  RowProducts gradients(kernels, steps, threads);
+  for (const auto& [job, hidden, input] : chains) {  // delta W: summed over the rows of both
+    w_hh.emplace_back(kernels, Factor{hidden.data, hidden.row_stride, hidden.column_stride, steps.H, steps.H});
+    if (job.grad_x.rows.data)
+      gradients.add({input.data, input.row_stride, input.column_stride, steps.H, job.grad_x.size});
+  }
   run(
       kernels, steps, static_cast<int>(chains.size()), threads,
-      [&](int i, int64_t p0, int64_t p1) {
-        const Weights& w = chains[i].w_hh;  // delta W: summed over W's rows
-        if (!kernels.pack({w.data, w.row_stride, w.column_stride, steps.H}, p0, p1, packed[i].get()))
-          infinite[i] = true;
+      [&](int me, int size) {
+        for (PackedFactor& w : w_hh) w.pack(me, size);
+        gradients.pack(me, size);
       },
-      [&](int i, Part& part, void* scratch) {
+      [&](int me, int i, Part& part, void* scratch) {
         Backward job = chains[i].job;
-        job.finite_weights = !infinite[i];
-        kernels.backward[nonlinearity](job, packed[i].get(), part, scratch);
+        job.finite_weights = w_hh[i].is_finite();
+        gradients.fill_in(job.grad_x, i, me);
+        kernels.backward[nonlinearity](job, w_hh[i].data(), part, scratch);
       });
 }
 

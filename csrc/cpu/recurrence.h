@@ -16,14 +16,17 @@ struct Weights {
 template <class Job>
 struct Chain {
   Job job;
-  Weights w_hh;
+  Weights w_hh, w_ih{};  // w_ih where the job has a RowProduct
 };
 
 // Chains of the same steps, which may be walked either way, side by side: the directions of a layer. `threads` is the most
 // that may run.
 void recurrence(const std::vector<Chain<Forward>>&, Dtype, Nonlinearity, int threads);
-// `finite_weights` of the jobs is set here.
+// `finite_weights` of the jobs, and `packed`, are set here.
 void recurrence_backward(const std::vector<Chain<Backward>>&, Dtype, Nonlinearity, int threads);
+
+// Whether jobs of this dtype may have a RowProduct, from so many rows of `in` elements a step to rows of `out`.
+bool has_row_products(Dtype, int64_t rows, int64_t in, int64_t out);
 
 // The instruction set in use: the best that the machine has, or the one that RNNKERN_CPU_ISA names.
 // Throws std::runtime_error where that is unknown or not supported.

@@ -66,15 +66,16 @@ void weight_gradient(const WeightGradient& job, int threads) {
     of_part[i].runs = runs[i].data();
     of_part[i].count = static_cast<int64_t>(runs[i].size());
   }
-  const size_t bytes = kernel.sums_bytes(job);
-  const Buffer scratch = allocate(team * kernel.scratch_bytes), sums = allocate(parts * bytes);
+  const size_t bytes = kernel.sums_bytes(job),
+               scratch_bytes = kernel.scratch_bytes((height + down - 1) / down, (width + across - 1) / across);
+  const Buffer scratch = allocate(team * scratch_bytes), sums = allocate(parts * bytes);
   std::vector<Member::Flag> flags(team);
   run_team(static_cast<int>(team), [&](int me, int size) {
     for (int64_t i = me; i < jobs; i += size) {
       const int64_t part = i % parts, down_at = i / parts % down, across_at = i / parts / down;
       kernel.sum(
           of_part[part], height * down_at / down, height * (down_at + 1) / down, width * across_at / across,
-          width * (across_at + 1) / across, static_cast<char*>(scratch.get()) + me * kernel.scratch_bytes,
+          width * (across_at + 1) / across, static_cast<char*>(scratch.get()) + me * scratch_bytes,
           static_cast<char*>(sums.get()) + part * bytes);
     }
     Member(flags.data(), me, size).meet(false);

@@ -8,6 +8,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/recurrence.h"
+#include "cpu/team.h"
 #include "cpu/weight_gradient.h"
 
 #define RNNKERN_INTRINSICS 0
@@ -32,6 +33,11 @@ constexpr int kMaxSums = 24;
 
 }  // namespace host
 
+// ThreadSanitizer does not know libgomp's barriers; the threads that a forked child makes (team.h) it does.
+#if defined(__SANITIZE_THREAD__)
+[[maybe_unused]] static const bool kMakesThreads = is_forked = true;
+#endif
+
 static bool yes() { return true; }
 static bool no() { return false; }
 
@@ -40,22 +46,26 @@ extern const InstructionSet kAvx512Bf16 = {"", no, {}}, kAvx512 = kAvx512Bf16, k
 
 }  // namespace rnnkern::cpu
 
-// All tensors are bfloat16 and contiguous, stats float64. Returns how many threads have kept tiles, or -1 where it failed.
+// All tensors are bfloat16 and contiguous, stats float64. With x (T, B, I) and w_ih (H, I) the input is x w_ih', or backward, x becomes
+// its gradient; null for none. Returns how many threads have kept tiles, or -1 where it failed.
 extern "C" int host_run(
     int backward, int64_t T, int64_t B, int64_t H, const int64_t* batch_sizes, const int64_t* offsets, void* input,
     void* states, void* output, void* initial, void* final_, double* stats, void* w_hh, int reverse, int relu,
-    double clip, int threads) try {
+    double clip, int64_t I, void* x, void* w_ih, int threads) try {
   using namespace rnnkern::cpu;
   const auto rows = [&](void* data) { return AnyRows{data, B * H, H}; };
   const Steps steps{T, B, H, batch_sizes, offsets, reverse != 0};
   const Weights w{w_hh, H, 1};
   const Nonlinearity f = relu ? kRelu : kTanh;
+  const RowProduct product{{x, B * I, I}, I};
+  const Weights of_x{w_ih, I, 1};
   if (backward) {
     const Backward job{
-        steps, rows(input), rows(initial), rows(states), rows(output), rows(final_), clip, stats, true};
-    recurrence_backward({{job, w}}, kBFloat16, f, threads);
+        steps, rows(input), rows(initial), rows(states), rows(output), rows(final_), clip, stats, true, product};
+    recurrence_backward({{job, w, of_x}}, kBFloat16, f, threads);
   } else {
-    recurrence({{{steps, rows(input), rows(initial), rows(output)}, w}}, kBFloat16, f, threads);
+    const Forward job{steps, rows(input), rows(initial), rows(output), nullptr, product};
+    recurrence({{job, w, of_x}}, kBFloat16, f, threads);
   }
   return host::threads_with_tiles;
 } catch (const std::exception& error) {
