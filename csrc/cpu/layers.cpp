@@ -5,6 +5,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/products.h"
+#include "cpu/weight_gradient.h"
 
 namespace rnnkern::cpu {
 namespace {
@@ -113,7 +114,8 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
   if (for_w_hh) {
     const Pair later(narrowed(delta, 0, B, N - B), narrowed(as_rows(h), 0, 0, N - B));
     const Tensor delta_0 = narrowed(delta, 0, 0, B);
-    if (for_w_ih) {
+    // Asked for here as well: a short sequence would not like to look at its rows once more.
+    if (for_w_ih && has_weight_gradient(dtype_of(h), N, H, I) && has_weight_gradient(dtype_of(h), N, H, H)) {
       if (const auto grads = layer_gradients(rows, Pair(delta_0, initial), later)) {
         grad_w_ih = grads->w_ih;
         grad_w_hh = grads->w_hh;
