@@ -40,7 +40,15 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize(
     ("rows", "H", "I"),
-    [((1,), 1, 1), ((32,), 32, 32), ((31, 33), 33, 31), ((513, 7), 64, 80), ((40,), 20, 530), ((1100,), 70, 5)],
+    [
+        ((1,), 1, 1),
+        ((32,), 32, 32),
+        ((31, 33), 33, 31),
+        ((513, 7), 64, 80),
+        ((40,), 20, 530),
+        ((1100,), 70, 5),
+        ((1500, 700), 40, 36),
+    ],
     ids=str,
 )
 def test_rounded_once(tiles: None, rows: tuple[int, ...], H: int, I: int, view: str) -> None:

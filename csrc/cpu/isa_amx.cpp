@@ -26,6 +26,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cpu/product.inc"
 #include "cpu/tiles.inc"
 #include "cpu/squares.inc"
+#include "cpu/row_product.inc"
 #include "cpu/chain.inc"
 #include "cpu/weight_gradient.inc"
 

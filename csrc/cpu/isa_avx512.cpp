@@ -20,6 +20,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cell.h"
 #include "cpu/product.inc"
 #include "cpu/squares.inc"
+#include "cpu/row_product.inc"
 #include "cpu/chain.inc"
 
 static bool supported() {

@@ -15,6 +15,7 @@ constexpr int kMaxSums = 12;  // of the vector registers, how many hold sums
 #include "cell.h"
 #include "cpu/product.inc"
 #include "cpu/squares.inc"
+#include "cpu/row_product.inc"
 #include "cpu/chain.inc"
 
 static bool supported() { return true; }

@@ -114,18 +114,13 @@ struct Kernels {
   void (*backward[kNonlinearities])(const Backward&, const void* packed, Part&, void* scratch);
   // Whether they have a RowProduct of so many rows (rows, in) a step with a factor (in, out), faster than PyTorch's over all steps.
   bool (*has_row_products)(int64_t rows, int64_t in, int64_t out);
-  size_t (*row_product_bytes)(int64_t rows, int64_t in);  // a thread's scratch, a multiple of kAlignment
+  size_t (*row_product_bytes)(
+      int64_t rows, int64_t in);  // a thread's scratch, a multiple of kAlignment; 0 where they have none
 };
 
 constexpr size_t kAlignment = 64;  // of packed and scratch
 
-// Rows of delta (n, H) and of x (n, I), with strides in elements.
-struct RowPair {
-  const void *delta, *x;
-  int64_t rows, delta_stride, x_stride;
-};
-
-// Rows of a matrix, in bfloat16, `stride` elements apart.
+// Rows of a matrix, `stride` elements apart.
 struct StridedRows {
   const void* data;
   int64_t stride;
@@ -138,7 +133,7 @@ struct RowRun {
   StridedRows delta, x[kFactors];
 };
 
-// grad[i] (H, I[i]) <- the sum of delta' x[i] over all runs, and delta_sum (H) <- that of delta. I = 0 for one that nobody wants.
+// In bfloat16: grad[i] (H, I[i]) <- the sum of delta' x[i] over all runs, and delta_sum (H) <- that of delta. I = 0 for one that nobody wants.
 struct WeightGradient {
   const RowRun* runs;
   int64_t count, H, I[kFactors];

@@ -5,7 +5,6 @@
 
 #include "cpu/bindings.h"
 #include "cpu/products.h"
-#include "cpu/weight_gradient.h"
 
 namespace rnnkern::cpu {
 namespace {
@@ -114,15 +113,12 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
   if (for_w_hh) {
     const Pair later(narrowed(delta, 0, B, N - B), narrowed(as_rows(h), 0, 0, N - B));
     const Tensor delta_0 = narrowed(delta, 0, 0, B);
-    // Asked for here as well: a short sequence would not like to look at its rows once more.
-    if (for_w_ih && has_weight_gradient(dtype_of(h), N, H, I) && has_weight_gradient(dtype_of(h), N, H, H)) {
-      if (const auto grads = layer_gradients(rows, Pair(delta_0, initial), later)) {
-        grad_w_ih = grads->w_ih;
-        grad_w_hh = grads->w_hh;
-        if (for_b) grad_b = grads->b;
-      }
-    }
-    if (!grad_w_hh) {
+    if (for_w_ih && has_layer_gradients(dtype_of(h), N, H, I)) {
+      const LayerGradients grads = layer_gradients(rows, Pair(delta_0, initial), later);
+      grad_w_ih = grads.w_ih;
+      grad_w_hh = grads.w_hh;
+      if (for_b) grad_b = grads.b;
+    } else {
       std::vector<Pair> pairs{later};
       const bool begins_with_zeros = Pair(initial, delta_0).needed.empty();
       if (!begins_with_zeros) pairs.emplace_back(delta_0, initial);

@@ -23,13 +23,12 @@ bool is_finite(const Bits* row, int64_t size) {
 }
 
 template <class Bits, Bits kExponent>
-bool is_needed(const RowPair& pair, int64_t H, int64_t I, int64_t begin, int64_t end) {
-  const Bits *const delta = static_cast<const Bits*>(pair.delta), *const x = static_cast<const Bits*>(pair.x);
+bool is_needed(const StridedRows& delta, const StridedRows& x, int64_t H, int64_t I, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (!is_zero(delta + row * pair.delta_stride, H)) return true;
+    if (!is_zero(static_cast<const Bits*>(delta.data) + row * delta.stride, H)) return true;
   }
   for (int64_t row = begin; row < end; ++row) {
-    if (!is_finite<Bits, kExponent>(x + row * pair.x_stride, I)) return true;
+    if (!is_finite<Bits, kExponent>(static_cast<const Bits*>(x.data) + row * x.stride, I)) return true;
   }
   return false;
 }
@@ -43,14 +42,15 @@ constexpr int64_t kElementsPerThread = 1 << 16;
 
 }  // namespace
 
-std::vector<Run> needed_rows(const RowPair& pair, int64_t H, int64_t I, Dtype dtype, int threads) {
-  const int64_t blocks = (pair.rows + kRowsAtOnce - 1) / kRowsAtOnce, elements = pair.rows * (H + I);
-  const auto end_of = [&](int64_t block) { return std::min(pair.rows, (block + 1) * kRowsAtOnce); };
+std::vector<Run> needed_rows(
+    const StridedRows& delta, const StridedRows& x, int64_t rows, int64_t H, int64_t I, Dtype dtype, int threads) {
+  const int64_t blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce, elements = rows * (H + I);
+  const auto end_of = [&](int64_t block) { return std::min(rows, (block + 1) * kRowsAtOnce); };
   std::vector<char> needed(blocks);
   // In turns: the blocks that take long, those of zeros, are often neighbours.
   run_team(static_cast<int>(std::min<int64_t>(threads, elements / kElementsPerThread + 1)), [&](int me, int size) {
     for (int64_t i = me; i < blocks; i += size) {
-      needed[i] = kIsNeeded[dtype](pair, H, I, i * kRowsAtOnce, end_of(i));
+      needed[i] = kIsNeeded[dtype](delta, x, H, I, i * kRowsAtOnce, end_of(i));
     }
   });
   std::vector<Run> runs;

@@ -15,7 +15,8 @@ struct Run {
 // The runs of rows, in order, outside of which every element of delta is 0, and of x finite: 0 * inf is NaN, which nobody may
 // leave out. Rows are looked at by kRowsAtOnce, and no longer than until one of them is needed.
 constexpr int64_t kRowsAtOnce = 128;
-std::vector<Run> needed_rows(const RowPair&, int64_t H, int64_t I, Dtype, int threads);
+std::vector<Run> needed_rows(
+    const StridedRows& delta, const StridedRows& x, int64_t rows, int64_t H, int64_t I, Dtype, int threads);
 // What lies in either.
 std::vector<Run> united(std::vector<Run>, const std::vector<Run>&);
 

@@ -14,9 +14,7 @@ Tensor with_dense_rows(const Tensor& tensor) {
 
 Tensor no_columns(const Tensor& rows) { return narrowed(rows, 1, 0, 0); }
 
-RowPair row_pair(const Tensor& delta, const Tensor& x) {
-  return {delta.data_ptr(), x.data_ptr(), x.size(0), delta.stride(0), x.stride(0)};
-}
+StridedRows strided(const Tensor& rows) { return {rows.data_ptr(), rows.stride(0)}; }
 
 bool is_finite(const Tensor& w) { return Pair(no_columns(w), w).needed.empty(); }
 
@@ -25,7 +23,7 @@ Tensor transposed(const Tensor& tensor) {
   return torch::stable::transpose(matrix, 0, 1);
 }
 
-Tensor rows_of(const Tensor& tensor, Run run) { return narrowed(tensor, 0, run.begin, run.end - run.begin); }
+Tensor rows_in(const Tensor& tensor, Run run) { return narrowed(tensor, 0, run.begin, run.end - run.begin); }
 
 }  // namespace
 
@@ -40,7 +38,8 @@ Tensor project(const Tensor& x, const std::vector<Tensor>& w_ih) {
 Pair::Pair(const Tensor& delta_, const Tensor& x_)
     : delta(with_dense_rows(delta_)),
       x(with_dense_rows(x_)),
-      needed(needed_rows(row_pair(delta, x), delta.size(1), x.size(1), dtype_of(delta), threads())) {}
+      needed(needed_rows(strided(delta), strided(x), x.size(0), delta.size(1), x.size(1), dtype_of(delta), threads())) {
+}
 
 Pair::Pair(const Tensor& delta) : Pair(delta, no_columns(delta)) {}
 
@@ -53,19 +52,17 @@ void input_gradient(const Pair& pair, const Tensor& w, const Tensor& grad) {
   runs.push_back({N, N});
   for (const Run run : runs) {
     if (end < run.begin) {
-      Tensor zeros = rows_of(grad, {end, run.begin});
+      Tensor zeros = rows_in(grad, {end, run.begin});
       torch::stable::zero_(zeros);
     }
-    if (run.begin < run.end) call("aten::mm", "out", rows_of(pair.delta, run), w, rows_of(grad, run));
+    if (run.begin < run.end) call("aten::mm", "out", rows_in(pair.delta, run), w, rows_in(grad, run));
     end = run.end;
   }
 }
 
 namespace {
 
-StridedRows strided(const Tensor& rows) { return {rows.data_ptr(), rows.stride(0)}; }
-
-int64_t rows_in(const std::vector<Run>& runs) {
+int64_t count_rows(const std::vector<Run>& runs) {
   int64_t rows = 0;
   for (const Run run : runs) rows += run.end - run.begin;
   return rows;
@@ -76,13 +73,13 @@ std::optional<Tensor> weight_gradient_on_tiles(const std::vector<Pair>& pairs, T
   const Tensor& delta = pairs.front().delta;
   const int64_t H = delta.size(1), I = pairs.front().x.size(1);
   int64_t rows = 0;
-  for (const Pair& pair : pairs) rows += rows_in(pair.needed);
+  for (const Pair& pair : pairs) rows += count_rows(pair.needed);
   if (!has_weight_gradient(dtype_of(delta), rows, H, I)) return std::nullopt;
   std::vector<RowRun> runs;
   for (const Pair& pair : pairs) {
     for (const Run run : pair.needed) {
-      const StridedRows x = strided(rows_of(pair.x, run));
-      runs.push_back({run.end - run.begin, strided(rows_of(pair.delta, run)), {x, x}});
+      const StridedRows x = strided(rows_in(pair.x, run));
+      runs.push_back({run.end - run.begin, strided(rows_in(pair.delta, run)), {x, x}});
     }
   }
   const Tensor grad = torch::stable::new_empty(delta, Shape{H, I});
@@ -104,7 +101,7 @@ Tensor weight_gradient(const std::vector<Pair>& pairs) {
   std::optional<Tensor> total;
   for (const Pair& pair : pairs) {
     for (const Run run : pair.needed) {
-      const Tensor part = call("aten::mm", "", transposed(rows_of(pair.delta, run)), rows_of(pair.x, run));
+      const Tensor part = call("aten::mm", "", transposed(rows_in(pair.delta, run)), rows_in(pair.x, run));
       total = total ? torch::stable::subtract(*total, part, -1) : part;  // total - (-1) part: there is no add
     }
   }
@@ -122,11 +119,14 @@ std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair& pair) {
   return {weight_gradient({pair}), bias_gradient(pair.delta)};
 }
 
-std::optional<LayerGradients> layer_gradients(const Pair& all, const Pair& first, const Pair& later) {
-  const Dtype dtype = dtype_of(all.delta);
+bool has_layer_gradients(Dtype dtype, int64_t rows, int64_t H, int64_t I) {
+  return has_weight_gradient(dtype, rows, H, I) && has_weight_gradient(dtype, rows, H, H);
+}
+
+LayerGradients layer_gradients(const Pair& all, const Pair& first, const Pair& later) {
   const int64_t H = all.delta.size(1), I = all.x.size(1);
   std::vector<RowRun> runs;
-  int64_t begin = 0, rows = 0;
+  int64_t begin = 0;
   for (const Pair* const part : {&first, &later}) {
     const int64_t end = begin + part->delta.size(0);
     std::vector<Run> of_x;
@@ -135,16 +135,14 @@ std::optional<LayerGradients> layer_gradients(const Pair& all, const Pair& first
       if (within.begin < within.end) of_x.push_back(within);
     }
     for (const Run run : united(of_x, part->needed)) {
-      const Tensor x = rows_of(all.x, {begin + run.begin, begin + run.end});
+      const Tensor x = rows_in(all.x, {begin + run.begin, begin + run.end});
       runs.push_back(
-          {run.end - run.begin, strided(rows_of(part->delta, run)), {strided(x), strided(rows_of(part->x, run))}});
-      rows += run.end - run.begin;
+          {run.end - run.begin, strided(rows_in(part->delta, run)), {strided(x), strided(rows_in(part->x, run))}});
     }
     begin = end;
   }
-  if (!has_weight_gradient(dtype, rows, H, I) || !has_weight_gradient(dtype, rows, H, H)) return std::nullopt;
   const auto empty = [&](const Shape& shape) { return torch::stable::new_empty(all.delta, shape); };
-  LayerGradients grads{empty({H, I}), empty({H, H}), empty({H})};
+  const LayerGradients grads{empty({H, I}), empty({H, H}), empty({H})};
   weight_gradient(
       {runs.data(),
        static_cast<int64_t>(runs.size()),

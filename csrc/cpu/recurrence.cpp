@@ -157,8 +157,9 @@ class RowProducts {
       : kernels_(kernels), steps_(steps), threads_(threads) {}
 
   void add(const Factor& factor) {
-    factors_.emplace_back(kernels_, factor);
     bytes_ = kernels_.row_product_bytes(steps_.B, factor.in);
+    if (bytes_ == 0) throw std::logic_error("these kernels have no row products");
+    factors_.emplace_back(kernels_, factor);
     scratch_ = allocate(threads_ * bytes_);
   }
   void pack(int me, int size) {

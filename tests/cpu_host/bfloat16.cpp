@@ -28,6 +28,7 @@ constexpr int kMaxSums = 24;
 #include "cpu/tiles.inc"
 #endif
 #include "cpu/squares.inc"
+#include "cpu/row_product.inc"
 #include "cpu/chain.inc"
 #include "cpu/weight_gradient.inc"
 
