@@ -5,6 +5,7 @@ Where a sequence is short, the way through PyTorch's operators and nodes takes l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,27 @@ LayerWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 #: Multiply-adds that take as long as reading a number from memory.
 _WORK_OF_READING = 8
+
+
+class ReceivingTaps(ABC):
+    """Taps of one forward (:data:`rnnkern.functional.Taps`) that tell who receives the statistics. A backward that
+    hands them over itself needs no tap, which is a tensor and a node of the graph more.
+
+    Attributes:
+        anchor: a leaf of the graph that nobody else knows: ``backward()`` has a use for its gradient, and
+            ``autograd.grad`` has none.
+    """
+
+    __slots__ = ("anchor",)
+    anchor: Tensor
+
+    @abstractmethod
+    def __call__(self, layer: int, direction: int) -> Tensor:
+        """A tap: (4, T, B) float64, requires grad."""
+
+    @abstractmethod
+    def receiver(self, layer: int, direction: int) -> Callable[[Tensor], None]:
+        """Who receives the statistics (4, T, B) of one backward instead."""
 
 
 def serves(given: Sequence[Tensor]) -> bool:
@@ -69,13 +91,16 @@ def layer(
     x, state = input.contiguous(), h0 if len(weights) == 1 else h0[i : i + 1]
     # A tap requires grad: alone it would make the output of a frozen net require grad too.
     tapped = taps is not None and any(v is not None and v.requires_grad for v in (x, state, *weights[i]))
-    tap = taps(i, 0) if taps is not None and tapped else None
-    return LayerFunction.apply(x, state, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip)
+    tap, receive = None, None
+    if taps is not None and tapped:
+        tap, receive = (taps.anchor, taps.receiver(i, 0)) if isinstance(taps, ReceivingTaps) else (taps(i, 0), None)
+    return LayerFunction.apply(x, state, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip, receive)
 
 
 class LayerFunction(torch.autograd.Function):
-    """``apply(x, h0, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip)`` returns h (T, B, H) and h_n (1, B, H) for a
-    contiguous x (T, B, I) and h0 (1, B, H); for ``tap`` see :class:`rnnkern.autograd.RNNFunction`."""
+    """``apply(x, h0, w_ih, w_hh, tap, b_ih, b_hh, nonlinearity, clip, receive)`` returns h (T, B, H) and h_n (1, B, H)
+    for a contiguous x (T, B, I) and h0 (1, B, H). For ``tap`` see :class:`rnnkern.autograd.RNNFunction`; where
+    ``receive`` is given, it is called with the statistics, and ``tap``, a tensor of any kind, has no gradient."""
 
     @staticmethod
     def forward(
@@ -89,11 +114,12 @@ class LayerFunction(torch.autograd.Function):
         b_hh: Tensor | None,
         nonlinearity: str,
         clip: float,
+        receive: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
         weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
         h, h_n = ops.layers(x, h0, weights, len(weights) == 4, False, nonlinearity)
         ctx.options = nonlinearity, clip
-        ctx.tapped = tap is not None
+        ctx.tapped, ctx.receive = tap is not None, receive
         ctx.save_for_backward(x, h0, w_ih, w_hh, h)
         ctx.set_materialize_grads(False)
         return h, h_n
@@ -132,4 +158,7 @@ class LayerFunction(torch.autograd.Function):
         # Parameters that received one tensor would both change with it.
         grad_b_hh = grad_b.clone() if grad_b is not None and for_b_ih and for_b_hh else grad_b
         grads_b = grad_b if for_b_ih else None, grad_b_hh if for_b_hh else None
-        return grad_x, grad_h0, grad_w_ih, grad_w_hh, stats, *grads_b, None, None
+        if stats is not None and ctx.receive is not None:
+            ctx.receive(stats)
+            stats = None
+        return grad_x, grad_h0, grad_w_ih, grad_w_hh, stats, *grads_b, None, None, None

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnkern
 from rnnkern.gradflow import recorder
 from rnnkern.gradflow.taps import ModuleTaps
+from rnnkern.layer_function import ReceivingTaps
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -81,32 +82,37 @@ def test_a_tap_takes_no_memory() -> None:
         assert tap.untyped_storage().nbytes() == 8
 
 
-def _spied(rnn: rnnkern.RNN) -> list[weakref.ref[torch.autograd.graph.Node]]:
-    """Weak references to all taps that rnn gets from now on: to their nodes in the graph."""
-    refs: list[weakref.ref[torch.autograd.graph.Node]] = []
-    factory = rnn.tap
-    assert factory is not None
+class _SpiedTaps(ReceivingTaps):
+    """Keeps weak references to the nodes of taps, or to receivers where these are asked for."""
 
-    def spy(*arguments: object) -> Callable[[int, int], Tensor] | None:
-        taps = factory(*arguments)  # type: ignore[arg-type]
+    def __init__(self, taps: Callable[[int, int], Tensor], refs: list[weakref.ref[object]]) -> None:
+        assert isinstance(taps, ReceivingTaps)
+        self.anchor, self.taps, self.refs = taps.anchor, taps, refs
 
-        def tap(layer: int, direction: int) -> Tensor:
-            assert taps is not None
-            made = taps(layer, direction)
-            assert made.grad_fn is not None
-            refs.append(weakref.ref(made.grad_fn))
-            return made
+    def __call__(self, layer: int, direction: int) -> Tensor:
+        made = self.taps(layer, direction)
+        assert made.grad_fn is not None
+        self.refs.append(weakref.ref(made.grad_fn))
+        return made
 
-        return tap
-
-    rnn.tap = spy
-    return refs
+    def receiver(self, layer: int, direction: int) -> Callable[[Tensor], None]:
+        made = self.taps.receiver(layer, direction)
+        self.refs.append(weakref.ref(made))
+        return made
 
 
-def test_taps_go_with_their_graph(without_gc: None) -> None:
+@pytest.mark.parametrize("receiving", [False, True])
+def test_taps_go_with_their_graph(without_gc: None, receiving: bool) -> None:
     model, x = Classifier(num_layers=2), torch.randn(4, 2, 3)
     with rnnkern.watch(model) as flow:
-        refs = _spied(model.rnn)
+        refs: list[weakref.ref[object]] = []
+        factory = model.rnn.tap
+
+        def spy(*arguments: object) -> Callable[[int, int], Tensor]:
+            spied = _SpiedTaps(factory(*arguments), refs)
+            return spied if receiving else spied.__call__
+
+        model.rnn.tap = spy
         loss = model(x).sum()
         assert len(refs) == 2
         assert all(ref() is not None for ref in refs)

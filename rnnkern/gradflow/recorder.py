@@ -39,7 +39,7 @@ MAX_BYTES = 1 << 30
 MAX_HELD = 4096
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Forward:
     """One forward of one module, and what backward has brought for it."""
 
@@ -63,10 +63,11 @@ class Forward:
         """Statistics of a backward whose loss had that scale, as they add to those of the first backward."""
         if not self.stats:
             self.scale = scale
+            return stats
         return scaling.converted(stats, scale, self.scale)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """The statistics of one step.
 
@@ -253,10 +254,13 @@ class Recorder:
         self._has_received(step)
 
     def _has_received(self, step: Step) -> None:
-        if step not in self._kept:
-            insort(self._kept, step, key=lambda kept: kept.index)
-        while len(self._kept) > self.keep or (len(self._kept) > 1 and sum(s.bytes for s in self._kept) > MAX_BYTES):
-            del self._kept[0]
+        kept = self._kept
+        if not kept or kept[-1].index < step.index:
+            kept.append(step)
+        elif step not in kept:
+            insort(kept, step, key=lambda other: other.index)
+        while len(kept) > self.keep or (len(kept) > 1 and sum(s.bytes for s in kept) > MAX_BYTES):
+            del kept[0]
 
     def end_step(self) -> None:
         """A step ends here, if a watched module has run forward in it and no sequence is open."""

@@ -1,7 +1,7 @@
 """The taps of a watched module: made at its forwards, they bring the recorder what backward computes.
 
-A tap is a node of the graph, which has no value and hands its "gradient" to the recorder. Under torch.func it is a leaf
-instead, whose gradient a hook takes away. In a graph that a compiler traces two operators lead out of it and into the
+A tap is a node of the graph, which has no value and hands its "gradient" to the recorder. A layer that is one node hands
+its statistics over itself. Under torch.func a tap is a leaf instead, whose gradient a hook takes away. In a graph that a compiler traces two operators lead out of it and into the
 recorder:
 
     open_taps      at the forward: notes it, and returns a handle, a () int64 tensor that the graph keeps for backward.
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rnnkern.autograd import is_transformed
 from rnnkern.functional import Taps
-from rnnkern.gradflow.recorder import Recorder, recorders
+from rnnkern.gradflow.recorder import Forward, Recorder, Step, recorders
+from rnnkern.layer_function import ReceivingTaps
 
 
 class ModuleTaps:
@@ -43,14 +44,7 @@ class ModuleTaps:
         opened = self.recorder.open_forward(self.module, T, B, batch_sizes, unsorted_indices)
         if opened is None:
             return None
-        make = _leaf if is_transformed() else _Tap.apply
-        shape, receive = (4, T, B), functools.partial(self.recorder.receive, *opened)
-
-        def tap(layer: int, direction: int) -> Tensor:
-            tap: Tensor = make(self.anchor, functools.partial(receive, layer, direction), shape, input.device)
-            return tap
-
-        return tap
+        return _ForwardTaps(self.anchor, self.recorder, *opened, input.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a watched module is not watched."""
@@ -77,6 +71,24 @@ class ModuleTaps:
         def tap(layer: int, direction: int) -> Tensor:
             return _Node.apply(anchor, handle, key, T, B, layer, direction)
 
+        return tap
+
+
+class _ForwardTaps(ReceivingTaps):
+    """The taps of one forward, outside of a compiler's graph."""
+
+    __slots__ = ("_device", "_forward", "_recorder", "_step")
+
+    def __init__(self, anchor: Tensor, recorder: Recorder, step: Step, forward: Forward, device: torch.device) -> None:
+        self.anchor, self._recorder, self._step, self._forward, self._device = anchor, recorder, step, forward, device
+
+    def receiver(self, layer: int, direction: int) -> Callable[[Tensor], None]:
+        return functools.partial(self._recorder.receive, self._step, self._forward, layer, direction)
+
+    def __call__(self, layer: int, direction: int) -> Tensor:
+        make = _leaf if is_transformed() else _Tap.apply
+        shape = (4, self._forward.T, self._forward.B)
+        tap: Tensor = make(self.anchor, self.receiver(layer, direction), shape, self._device)
         return tap
 
 
