@@ -1,8 +1,8 @@
 """The taps of a watched module: made at its forwards, they bring the recorder what backward computes.
 
-A tap is a node of the graph, which has no value and hands its "gradient" to the recorder. A layer that is one node hands
-its statistics over itself. Under torch.func a tap is a leaf instead, whose gradient a hook takes away. In a graph that a compiler traces two operators lead out of it and into the
-recorder:
+A tap is a node of the graph, which has no value and hands its "gradient" to the recorder. A layer that is one node
+hands its statistics over itself. Under torch.func a tap is a leaf instead, whose gradient a hook takes away. In a graph
+that a compiler traces two operators lead out of it and into the recorder:
 
     open_taps      at the forward: notes it, and returns a handle, a () int64 tensor that the graph keeps for backward.
                    It takes the handle of the forward before, so that no compiler changes their order or joins two
