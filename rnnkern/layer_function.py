@@ -131,7 +131,9 @@ class LayerFunction(torch.autograd.Function):
             grad_h = h.new_zeros(()).expand_as(h)
         rows, H, I = h.shape[0] * h.shape[1], h.shape[2], x.shape[2]
         for_x, for_w_ih, for_w_hh = (is_wanted(ctx, i, rows * H * k) for i, k in ((0, I), (2, I), (3, H)))
-        with_stats, absent = ctx.tapped and is_wanted(ctx, 4), 0 if ctx.tapped else 1
+        # What is mapped over, as by autograd.grad(is_grads_batched=True), is of no use outside of its map.
+        with_stats = ctx.tapped and (ctx.receive is None or is_eager()) and is_wanted(ctx, 4)
+        absent = 0 if ctx.tapped else 1
         for_b_ih, for_b_hh = (is_wanted(ctx, i, rows * H * _WORK_OF_READING, absent) for i in (5, 6))
         for_b = for_b_ih or for_b_hh
         grad_x = grad_w_ih = grad_b = grad_w_hh = None

@@ -287,6 +287,22 @@ def test_create_graph_keeps_no_graph() -> None:
         assert not stats.requires_grad
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_batches_of_gradients_are_not_recorded(layers: int, bidirectional: bool) -> None:
+    """autograd.grad leaves the taps out, mapped or not."""
+    rnn, x = rnnkern.RNN(3, 4, layers, bidirectional=bidirectional), torch.randn(5, 2, 3, requires_grad=True)
+    with rnnkern.watch(rnn) as flow:
+        y = rnn(x)[0]
+        of_y = torch.randn(3, *y.shape)
+        grads = torch.autograd.grad(y, [x, *rnn.parameters()], of_y, is_grads_batched=True, retain_graph=True)
+        assert grads[0].shape == (3, *x.shape) and flow.read() is None
+        torch.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True))(of_y)
+        assert flow.read() is None
+        y.backward(of_y[0])
+        assert read(flow).samples == 2
+
+
 def test_evaluation_in_between_disturbs_nothing() -> None:
     model, x = Classifier(), torch.randn(4, 2, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
