@@ -16,7 +16,8 @@ from rnnkern.layer_function import LayerWeights
 
 #: weight (H), bias (H) of a layer normalisation
 NormWeights = tuple[Tensor, Tensor]
-#: (layer, direction) -> the tap of that recurrence in one forward: a (4, T, B) float64 tensor that requires grad
+#: (layer, direction) -> the tap of that recurrence in one forward: a (4, T, B) float64 tensor that requires grad. Where
+#: they are ReceivingTaps, a layer that is one node takes no tap, and hands over its statistics itself.
 Taps = Callable[[int, int], Tensor]
 #: (input, T, B, batch_sizes, unsorted_indices) -> the taps of one forward, or None: nobody wants its statistics
 TapFactory = Callable[[Tensor, int, int, Tensor | None, Tensor | None], Taps | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -72,13 +73,15 @@ def train_once(
     return results | {f"{name}.grad": p.grad for name, p in module.named_parameters()}
 
 
-def compare(ours: nn.Module, theirs: nn.Module, x: Any, hx: Tensor | None, device: str) -> None:
-    """Every output and gradient of two modules with the same weights; truth is nn.RNN in float64. These are few
-    numbers: nn.RNN is given two more inputs and losses to err on."""
+def compare(
+    ours: nn.Module, theirs: nn.Module, x: Any, hx: Tensor | None, device: str, seeds: Sequence[int] = ()
+) -> None:
+    """Every output and gradient of two modules with the same weights; truth is nn.RNN in float64. ``seeds`` give nn.RNN
+    more inputs and losses to err on, where it is known to be lucky with all of the few numbers of one."""
     dtype = next(theirs.parameters()).dtype
     exact = copy.deepcopy(theirs).double()
     found = train_once(ours, x, hx, dtype, device)
-    given = [(x, 7), *((_another(x, seed), seed) for seed in (11, 12))]
+    given = [(x, 7), *((_another(x, seed), seed) for seed in seeds)]
     pairs = [
         [train_once(m, v, hx, d, device, seed) for m, d in ((theirs, dtype), (exact, torch.float64))]
         for v, seed in given
@@ -111,7 +114,7 @@ def test_options(backend: Backend, device: str, options: dict[str, Any], kind: s
 def test_inputs(backend: Backend, device: str, kind: str, batch_first: bool, with_hx: bool, dtype: torch.dtype) -> None:
     ours, theirs = twins(device, dtype, num_layers=2, bidirectional=True, batch_first=batch_first)
     x = random_input(kind)
-    compare(ours, theirs, x, random_hx(theirs, x) if with_hx else None, device)
+    compare(ours, theirs, x, random_hx(theirs, x) if with_hx else None, device, (11, 12) if kind == "unbatched" else ())
 
 
 def test_packed_carries_its_indices(backend: Backend, device: str) -> None:
@@ -200,7 +203,8 @@ def test_dropout_follows_the_seed(backend: Backend, device: str, kind: str, bidi
     masks = [nn.functional.dropout(torch.ones_like(results[0]), 0.4) for _ in range(2)]
     assert_as_good("output", *results, by_layers(theirs, x, masks))
     ours.eval(), theirs.eval()
-    compare(ours, theirs, random_input(kind), None, device)
+    # All units are alive: the gradients of the biases depend on the loss alone.
+    compare(ours, theirs, random_input(kind), None, device, (11, 12) if bidirectional else ())
 
 
 def test_dropout_of_everything(backend: Backend, device: str) -> None:
