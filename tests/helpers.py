@@ -260,6 +260,14 @@ def assert_as_good(
     assert error <= allowed, f"{name}: {error:.3g} ulp from the truth, where {allowed:.3g} is allowed"
 
 
+def assert_same_but_for_rounding(found: Iterable[Tensor], expected: Iterable[Tensor], ulp: float = 8) -> None:
+    """For two ways to the same sums, which add in another order. An ulp is that of the largest value of a tensor."""
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert_same_nonfinite("a tensor", a, b)
+        assert ulps(a, b, b.dtype) <= ulp
+
+
 def _errors(p: Problem, a: Answers, true: Answers) -> list[float]:
     """In ulps, of each answer; the statistics as norms."""
     dtype, norms, true_norms = p.z.dtype, a.stats.sqrt(), true.stats.sqrt()

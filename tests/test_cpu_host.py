@@ -33,6 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
 Run = Callable[..., Answers]
+IN_STEPS, BETWEEN_STEPS = 1, 2  # RowProductKind
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +89,12 @@ def run_of(library: ctypes.CDLL) -> Run:
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
     def answers(
-        p: Problem, threads: int, x: Tensor | None = None, w_ih: Tensor | None = None, grad_x: Tensor | None = None
+        p: Problem,
+        threads: int,
+        x: Tensor | None = None,
+        w_ih: Tensor | None = None,
+        grad_x: Tensor | None = None,
+        projection: int = BETWEEN_STEPS,
     ) -> Answers:
         assert p.z.dtype == torch.bfloat16
         T, (B, H) = len(p.sizes), p.h0.shape
@@ -98,17 +104,17 @@ def run_of(library: ctypes.CDLL) -> Run:
             torch.zeros(4, T, B, dtype=torch.float64),
         )  # fmt: skip
 
-        def call(backward: bool, rows: Tensor | None, *tensors: Tensor | None) -> None:
+        def call(backward: bool, kind: int, rows: Tensor | None, *tensors: Tensor | None) -> None:
             left = library.host_run(
                 int(backward), *map(ctypes.c_int64, (T, B, H)), *map(pointer, (p.batch_sizes, offsets)),
                 *map(pointer, tensors), pointer(p.w_hh), int(p.reverse), int(p.nonlinearity == "relu"),
-                ctypes.c_double(p.clip), ctypes.c_int64(0 if w_ih is None else w_ih.shape[1]), pointer(rows),
-                pointer(w_ih), threads,
+                ctypes.c_double(p.clip), kind if rows is not None else 0,
+                ctypes.c_int64(0 if w_ih is None else w_ih.shape[1]), pointer(rows), pointer(w_ih), threads,
             )  # fmt: skip
             assert left == 0, "threads have kept their tiles" if left > 0 else "failed"
 
-        call(False, x, p.z, None, out.h, p.h0, None, None)
-        call(True, grad_x, p.grad_h, p.h, out.delta, p.grad_hn, out.grad_h0, out.stats)
+        call(False, projection, x, p.z, None, out.h, p.h0, None, None)
+        call(True, BETWEEN_STEPS, grad_x, p.grad_h, p.h, out.delta, p.grad_hn, out.grad_h0, out.stats)
         return out
 
     return answers
@@ -170,10 +176,12 @@ def test_infinite_and_not_a_number(run: Run, B: int) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("I", [1, 40, 64])
-@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 8), (150, 1, 20), (9, 3, 33), (13, 20, 24), (3, 70, 40)])
-def test_projection_on_the_way(run: Run, T: int, B: int, H: int, I: int, reverse: bool) -> None:
-    """The product with W_ih, a few steps at a time, is what it is over all of them, forward and back."""
+@pytest.mark.parametrize(
+    ("I", "kind"), [(1, BETWEEN_STEPS), (40, BETWEEN_STEPS), (64, BETWEEN_STEPS), (8, IN_STEPS), (40, IN_STEPS)]
+)
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 8), (150, 1, 20), (9, 3, 33), (13, 20, 24), (3, 70, 40), (3, 3, 257)])
+def test_projection_on_the_way(run: Run, T: int, B: int, H: int, I: int, kind: int, reverse: bool) -> None:
+    """The product with W_ih, in steps or a few of them at a time, is what it is over all of them, forward and back."""
     p = make_problem(T, B, H, torch.bfloat16, reverse=reverse)
     x, w_ih = drawn(5, T, B, I).bfloat16(), (drawn(6, H, I) / I**0.5).bfloat16()
     grad_h = p.grad_h.clone()
@@ -182,7 +190,7 @@ def test_projection_on_the_way(run: Run, T: int, B: int, H: int, I: int, reverse
 
     def computed(threads: int) -> list[Tensor]:
         grad_x = torch.full_like(x, 7)
-        return [*run(p.replace(z=torch.full_like(p.z, 7), h=p.h), threads, x, w_ih, grad_x), grad_x]
+        return [*run(p.replace(z=torch.full_like(p.z, 7), h=p.h), threads, x, w_ih, grad_x, kind), grad_x]
 
     def states(dtype: torch.dtype) -> Tensor:
         z, h, w_hh = x.to(dtype) @ w_ih.to(dtype).T, p.h0.to(dtype), p.w_hh.to(dtype)

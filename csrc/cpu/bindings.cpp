@@ -135,7 +135,7 @@ Gradients launch_backward(
         clip,
         stats ? stats + i * 4 * T * B : nullptr,
         true};
-    if (of_x) job.grad_x = {rows_of(as_it_lies(of_x->grad)), of_x->grad.size(2)};
+    if (of_x) job.grad_x = {kBetweenSteps, rows_of(as_it_lies(of_x->grad)), of_x->grad.size(2)};
     chains.push_back({job, weights_of(w_hh[i]), of_x ? weights_of(of_x->w_ih) : Weights{}});
   }
   recurrence_backward(chains, dtype_of(h), nonlinearity_of(nonlinearity), threads());

@@ -38,7 +38,7 @@ struct Gradients {
   std::optional<Tensor> stats;  // (4, T, B), or (2, 4, T, B) of two
 };
 
-// grad (T, B, I) <- delta W_ih, which the chain computes on its way; where has_row_products().
+// grad (T, B, I) <- delta W_ih, which the chain computes on its way; where has_input_gradient().
 struct InputGradient {
   Tensor grad, w_ih;
 };

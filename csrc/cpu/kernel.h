@@ -48,10 +48,14 @@ struct AnyRows {
   }
 };
 
-// A product over all rows that the recurrence does a few steps at a time, while they are in its caches: the input's projection,
-// or back. Only where the kernels' has_row_products() says so, and steps are dense.
+// How the recurrence multiplies all rows by W_ih on its way: within each step, or a few steps' rows at a time between them.
+enum RowProductKind : int { kNoRowProduct, kInSteps, kBetweenSteps };
+
+// The input's projection, or the gradient of the input (between steps only), where the kernels say that they are faster than PyTorch's
+// product over all steps, and steps are dense.
 struct RowProduct {
-  AnyRows rows{};  // (T, B, size): x, or its gradient; data null for no product
+  RowProductKind kind = kNoRowProduct;
+  AnyRows rows{};  // (T, B, size): x, or its gradient
   int64_t size = 0;
   // For the drivers to fill in:
   const void* packed = nullptr;  // the factor
@@ -61,11 +65,11 @@ struct RowProduct {
 
 struct Forward {
   Steps steps;
-  AnyRows z;   // like h; may be h itself
+  AnyRows z;   // like h; may be h itself; unused where steps do their own projection
   AnyRows h0;  // (B, H)
   AnyRows h;
   const void* bias = nullptr;  // (H), to be added to every row of z; null for none
-  RowProduct projection{};     // z <- x W_ih' before it is read
+  RowProduct projection{};     // z = x W_ih'
 };
 
 struct Backward {
@@ -112,10 +116,10 @@ struct Kernels {
   // Scratch is that of the part's rows; threads that share rows share it.
   void (*forward[kNonlinearities])(const Forward&, const void* packed, Part&, void* scratch);
   void (*backward[kNonlinearities])(const Backward&, const void* packed, Part&, void* scratch);
-  // Whether they have a RowProduct of so many rows (rows, in) a step with a factor (in, out), faster than PyTorch's over all steps.
-  bool (*has_row_products)(int64_t rows, int64_t in, int64_t out);
-  size_t (*row_product_bytes)(
-      int64_t rows, int64_t in);  // a thread's scratch, a multiple of kAlignment; 0 where they have none
+  // The fastest way for so many rows (rows, in) a step and a factor (in, out).
+  RowProductKind (*projection_kind)(int64_t rows, int64_t in, int64_t out);
+  bool (*has_input_gradient)(int64_t rows, int64_t in, int64_t out);
+  size_t (*row_product_bytes)(int64_t rows, int64_t in);  // a thread's scratch, a multiple of kAlignment
 };
 
 constexpr size_t kAlignment = 64;  // of packed and scratch

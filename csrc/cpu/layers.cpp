@@ -51,8 +51,10 @@ std::tuple<Tensor, Tensor> layers_op(
     }
     // By the chains themselves where they can, as they go.
     const Tensor x = rows;
-    const bool is_projected = !has_row_products(dtype, B, x.size(2), H);
-    rows = is_projected ? project(x, w_ih) : torch::stable::new_empty(input, Shape{T, B, D * H});
+    RowProductKind kind = projection_kind(dtype, B, x.size(2), H);
+    // With gradients PyTorch projects for two directions; what is computed without them has the same bits, but for those of bfloat16.
+    if (kind == kInSteps && bidirectional && dtype != kBFloat16) kind = kNoRowProduct;
+    rows = kind == kNoRowProduct ? project(x, w_ih) : torch::stable::new_empty(input, Shape{T, B, D * H});
     const Walkable x_rows = walkable(x);
     std::vector<Chain<Forward>> of_layer;
     for (int64_t i = 0; i < D; ++i) {
@@ -62,7 +64,7 @@ std::tuple<Tensor, Tensor> layers_op(
           {{T, B, H, nullptr, nullptr, i == 1}, z, initial, z, bias},
           weights_of(weight(i, 1)),
           weights_of(weight(i, 0))};
-      if (!is_projected) chain.job.projection = {rows_of(x_rows), x.size(2)};
+      if (kind != kNoRowProduct) chain.job.projection = {kind, rows_of(x_rows), x.size(2)};
       of_layer.push_back(chain);
     }
     recurrence(of_layer, dtype, nonlinearity_of(nonlinearity), threads());
@@ -102,7 +104,7 @@ std::tuple<Maybe, Maybe, Maybe, Maybe, Tensor, Maybe> layer_backward_op(
   Maybe grad_x, grad_w_ih, grad_b, grad_w_hh;
   if (for_x) grad_x = torch::stable::new_empty(x, Shape{T, B, I});
   std::optional<InputGradient> of_x;  // by the chain itself where it can, as it goes
-  if (for_x && has_row_products(dtype_of(h), B, H, I)) of_x = {*grad_x, w_ih};
+  if (for_x && has_input_gradient(dtype_of(h), B, H, I)) of_x = {*grad_x, w_ih};
   const Gradients chain = launch_backward(
       grad_h, {grad_hn ? Maybe(of_layer(*grad_hn)) : grad_hn}, h, {initial}, {w_hh}, std::nullopt, false, nonlinearity,
       clip, with_stats, of_x);

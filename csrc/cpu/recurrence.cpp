@@ -157,9 +157,8 @@ class RowProducts {
       : kernels_(kernels), steps_(steps), threads_(threads) {}
 
   void add(const Factor& factor) {
-    bytes_ = kernels_.row_product_bytes(steps_.B, factor.in);
-    if (bytes_ == 0) throw std::logic_error("these kernels have no row products");
     factors_.emplace_back(kernels_, factor);
+    bytes_ = kernels_.row_product_bytes(steps_.B, factor.in);
     scratch_ = allocate(threads_ * bytes_);
   }
   void pack(int me, int size) {
@@ -220,8 +219,12 @@ void run(const Kernels& kernels, const Steps& steps, int chains, int threads, Pa
 
 }  // namespace
 
-bool has_row_products(Dtype dtype, int64_t rows, int64_t in, int64_t out) {
-  return kernels_of(dtype).has_row_products(rows, in, out);
+RowProductKind projection_kind(Dtype dtype, int64_t rows, int64_t in, int64_t out) {
+  return kernels_of(dtype).projection_kind(rows, in, out);
+}
+
+bool has_input_gradient(Dtype dtype, int64_t rows, int64_t in, int64_t out) {
+  return kernels_of(dtype).has_input_gradient(rows, in, out);
 }
 
 void recurrence(const std::vector<Chain<Forward>>& chains, Dtype dtype, Nonlinearity nonlinearity, int threads) {
@@ -231,7 +234,7 @@ void recurrence(const std::vector<Chain<Forward>>& chains, Dtype dtype, Nonlinea
   RowProducts projections(kernels, steps, threads);
   for (const auto& [job, hidden, input] : chains) {  // x W' and h_{t-1} W': summed over the columns of both
     w_hh.emplace_back(kernels, Factor{hidden.data, hidden.column_stride, hidden.row_stride, steps.H, steps.H});
-    if (job.projection.rows.data)
+    if (job.projection.kind != kNoRowProduct)
       projections.add({input.data, input.column_stride, input.row_stride, job.projection.size, steps.H});
   }
   run(
@@ -255,7 +258,7 @@ void recurrence_backward(
   RowProducts gradients(kernels, steps, threads);
   for (const auto& [job, hidden, input] : chains) {  // delta W: summed over the rows of both
     w_hh.emplace_back(kernels, Factor{hidden.data, hidden.row_stride, hidden.column_stride, steps.H, steps.H});
-    if (job.grad_x.rows.data)
+    if (job.grad_x.kind != kNoRowProduct)
       gradients.add({input.data, input.row_stride, input.column_stride, steps.H, job.grad_x.size});
   }
   run(

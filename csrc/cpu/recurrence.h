@@ -25,8 +25,9 @@ void recurrence(const std::vector<Chain<Forward>>&, Dtype, Nonlinearity, int thr
 // `finite_weights` of the jobs, and `packed`, are set here.
 void recurrence_backward(const std::vector<Chain<Backward>>&, Dtype, Nonlinearity, int threads);
 
-// Whether jobs of this dtype may have a RowProduct, from so many rows of `in` elements a step to rows of `out`.
-bool has_row_products(Dtype, int64_t rows, int64_t in, int64_t out);
+// Which RowProduct jobs of this dtype should have, from so many rows of `in` elements a step to rows of `out`.
+RowProductKind projection_kind(Dtype, int64_t rows, int64_t in, int64_t out);
+bool has_input_gradient(Dtype, int64_t rows, int64_t in, int64_t out);
 
 // The instruction set in use: the best that the machine has, or the one that RNNKERN_CPU_ISA names.
 // Throws std::runtime_error where that is unknown or not supported.

@@ -47,18 +47,18 @@ extern const InstructionSet kAvx512Bf16 = {"", no, {}}, kAvx512 = kAvx512Bf16, k
 
 }  // namespace rnnkern::cpu
 
-// All tensors are bfloat16 and contiguous, stats float64. With x (T, B, I) and w_ih (H, I) the input is x w_ih', or backward, x becomes
-// its gradient; null for none. Returns how many threads have kept tiles, or -1 where it failed.
+// All tensors are bfloat16 and contiguous, stats float64. With a RowProductKind, x (T, B, I) and w_ih (H, I) the input is x w_ih', or
+// backward, x becomes its gradient. Returns how many threads have kept tiles, or -1 where it failed.
 extern "C" int host_run(
     int backward, int64_t T, int64_t B, int64_t H, const int64_t* batch_sizes, const int64_t* offsets, void* input,
     void* states, void* output, void* initial, void* final_, double* stats, void* w_hh, int reverse, int relu,
-    double clip, int64_t I, void* x, void* w_ih, int threads) try {
+    double clip, int kind, int64_t I, void* x, void* w_ih, int threads) try {
   using namespace rnnkern::cpu;
   const auto rows = [&](void* data) { return AnyRows{data, B * H, H}; };
   const Steps steps{T, B, H, batch_sizes, offsets, reverse != 0};
   const Weights w{w_hh, H, 1};
   const Nonlinearity f = relu ? kRelu : kTanh;
-  const RowProduct product{{x, B * I, I}, I};
+  const RowProduct product{static_cast<RowProductKind>(kind), {x, B * I, I}, I};
   const Weights of_x{w_ih, I, 1};
   if (backward) {
     const Backward job{
