@@ -71,11 +71,12 @@ def nvcc() -> str | None:
 
 
 def cuda_targets() -> list[str]:
-    """What nvcc compiles for. RNNKERN_CUDA_ARCHS="90a" narrows it for development; "80+PTX" keeps the PTX too."""
+    """What nvcc compiles for. RNNKERN_CUDA_ARCHS="90" narrows it for development; "80+PTX" keeps the PTX too."""
     named = os.environ.get("RNNKERN_CUDA_ARCHS")
     if named is None:
         known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-        named = " ".join(["80+PTX", "90a", *(["100a"] if "compute_100a" in known or "compute_100" in known else [])])
+        # No "90a": that runs on nothing but 9.0. The PTX of 90 has what clusters need, for every later device.
+        named = " ".join(["80", "90+PTX", *(["100"] if "compute_100" in known else [])])
     targets = []
     for arch in named.split():
         number = arch.removesuffix("+PTX")

@@ -62,4 +62,7 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
 
   // Whether the CUDA kernels may multiply float32 as TF32, from now on and in the whole process.
   m.def("cuda_allow_tf32(bool allowed) -> ()");
+
+  // Of CUDA, 1000 major + 10 minor: the newest that the driver serves, and that of the kernels' own runtime.
+  m.def("cuda_versions() -> int[]");
 }

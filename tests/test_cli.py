@@ -99,7 +99,7 @@ def test_doctor_says_why_a_backend_does_not_run(
 def test_doctor_fails_where_numbers_are_wrong(
     error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "_error", lambda name, device: error)
+    monkeypatch.setattr(doctor, "_error", lambda name, device, H: error)
     assert cli.main(["doctor"]) == 1
     assert "WRONG NUMBERS" in capsys.readouterr().out
 

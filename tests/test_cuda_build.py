@@ -28,9 +28,9 @@ def cuobjdump(*options: str, of: Path = LIBRARY, folder: Path | None = None) -> 
 # Two registers too many for ptxas 13.0, in one instance of two dtypes and one of a third: KC, NT and regime (2: grid,
 # 1: cluster) of backward kernels. Not a list to grow.
 KNOWN_TO_SPILL = {
-    ("sm_100a", "BFloat16", "RegimeE2ELb1ELi8ELi2"),
-    ("sm_100a", "Float16", "RegimeE2ELb1ELi8ELi2"),
-    ("sm_100a", "Float32", "RegimeE1ELb1ELi6ELi2"),
+    ("sm_100", "BFloat16", "RegimeE2ELb1ELi8ELi2"),
+    ("sm_100", "Float16", "RegimeE2ELb1ELi8ELi2"),
+    ("sm_100", "Float32", "RegimeE1ELb1ELi6ELi2"),
 }
 
 

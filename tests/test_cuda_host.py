@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import Answers, Problem, check, make_problem, truth, ulps
+from helpers import Answers, Problem, assert_same_nonfinite, check, make_problem, truth, ulps
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +150,25 @@ def test_against_truth(twin: ctypes.CDLL, case: Case) -> None:
         judge(p, ours, case.kind)
         for t, n in enumerate(p.sizes):
             assert not ours.stats[:, t, n:].any()
+
+
+@pytest.mark.parametrize(
+    ("regime", "H"),
+    [("cta", 96), ("cta", 36), ("cluster", 384), ("cluster", 68), ("grid", 96), ("grid", 36), ("step", 36)],
+)
+def test_infinite_states(twin: ctypes.CDLL, regime: str, H: int) -> None:
+    """They stay infinite: a warp whose chunks are fewer than its registers meets nobody else's with its zeros."""
+    p = make_problem(4, 2, H, torch.bfloat16, nonlinearity="relu")
+    z = p.z.clone()
+    z[1, 0, H // 2] = float("inf")
+    p = p.replace(z=z, w_hh=p.w_hh.abs() + 2.0**-10)
+    p = p.replace(h=truth(p).h.bfloat16())
+    assert p.h[2:, 0].isposinf().all() and p.h[:, 1].isfinite().all()
+    grad_h = p.grad_h.abs()
+    grad_h[2, 1, H // 2] = float("inf")
+    p = p.replace(grad_h=grad_h)
+    for name, ours, true in zip(Answers._fields, run(twin, p, "bfloat16", regime), truth(p), strict=True):
+        assert_same_nonfinite(name, ours, true)
 
 
 @pytest.mark.parametrize("regime", ["cta", "cluster", "grid"])

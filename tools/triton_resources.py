@@ -4,7 +4,9 @@
                                      [--packed]
 
 For each kernel at the sizes that the ladder chooses: registers of a thread, bytes of them that spill to memory, bytes
-of shared memory, and how many tensor-core instructions it has. The last column is what the ladder counts on.
+of shared memory, and how many tensor-core instructions it has. The last column is what the ladder counts on. It fails
+where a program takes more shared memory than there is, or so many programs as the ladder counts on do not fit one
+processor side by side, or the resident kernel spills.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 #: sm -> (multiprocessors, bytes of shared memory that a program can have), of the first chip that has it
-DEVICES = {80: (108, 166912), 90: (132, 232448), 100: (148, 232448)}
+DEVICES = {80: (108, 166912), 86: (82, 101376), 89: (128, 101376), 90: (132, 232448), 100: (148, 232448)}
 #: name -> (Triton's type, bytes, PRECISION)
 DTYPES = {
     "bf16": ("bf16", 2, "tf32"),
@@ -46,10 +48,15 @@ class Row:
     shared: int  # bytes
     mma: int
     room: int  # bytes of shared memory that a program can have
+    together: int  # programs on one processor, where they wait for each other
+
+    def fits(self) -> bool:
+        """Of a processor's shared memory the driver takes 1024 bytes for each program."""
+        return self.shared <= self.room and self.together * (self.shared + 1024) <= self.room + 1024
 
 
-def compile_kernel(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], options: dict[str, Any]) -> Any:
-    """The kernel as a launch with contiguous tensors compiles it."""
+def compile_kernel(kernel: Any, arch: int | str, dtype: str, constants: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The kernel as a launch with contiguous tensors compiles it, for NVIDIA's sm_<number> or AMD's "gfx..."."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -66,7 +73,11 @@ def compile_kernel(kernel: Any, arch: int, dtype: str, constants: dict[str, Any]
         if aligned and name not in kernel.do_not_specialize and name != "clip":
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    if isinstance(arch, int):
+        target = GPUTarget("cuda", arch, 32)
+    else:
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    return triton.compile(source, target=target, options=options)
 
 
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
@@ -92,7 +103,7 @@ def rows(arch: int, dtype: str, H: int, B: int, packed: bool) -> list[Row]:
 
     processors, room = DEVICES[arch]
     _, size, precision = DTYPES[dtype]
-    p = plan(size, precision == "tf32", H, B, Device(processors, room))
+    p = plan(size, precision == "tf32", H, B, Device(processors, room), packed=packed)
     constants = dict(
         H=H, HIDDEN=p.hidden, BATCH=p.batch, NONLINEARITY="tanh", PACKED=packed, PRECISION=precision,
     )  # fmt: skip
@@ -102,6 +113,7 @@ def rows(arch: int, dtype: str, H: int, B: int, packed: bool) -> list[Row]:
         options["maxnreg"] = p.registers
     module = resident if p.regime == "resident" else grid
     regime = p.regime + (" on chip" if p.resident else " streamed" if p.regime == "grid" else "")
+    together = p.together if p.regime == "grid" else 1
     found = []
     for name, backward in (("forward", {}), ("backward", {"STATS": False}), ("backward+stats", {"STATS": True})):
         more = {"HAS_GRAD_HN": True, **backward} if backward else {}
@@ -110,7 +122,8 @@ def rows(arch: int, dtype: str, H: int, B: int, packed: bool) -> list[Row]:
         ptx = compiled.asm["ptx"]
         registers, spills = assemble(ptx, arch)
         mma = len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx))
-        found.append(Row(arch, dtype, H, name, regime, registers, spills, compiled.metadata.shared, mma, room))
+        shared = compiled.metadata.shared
+        found.append(Row(arch, dtype, H, name, regime, registers, spills, shared, mma, room, together))
     return found
 
 
@@ -137,7 +150,7 @@ def main() -> int:
                         f"{r.shared:>9}{r.room:>8}{r.mma:>5}",
                         flush=True,
                     )
-                    bad += r.shared > r.room or (r.regime == "resident" and r.spills > 0)
+                    bad += not r.fits() or (r.regime == "resident" and r.spills > 0)
     return 1 if bad else 0
 
 

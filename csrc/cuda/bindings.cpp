@@ -108,7 +108,7 @@ void fill(
   chain.T = narrowed("T", sequence.T);
   chain.B = narrowed("B", sequence.B);
   chain.H = narrowed("H", padded(sequence.H));
-  job.hidden_size = static_cast<int>(sequence.H);
+  chain.hidden_size = static_cast<int>(sequence.H);
   chain.relu = nonlinearity == "relu";
   chain.backward_in_time = backward != reverse;
   if (!sequence.batch_sizes.empty()) {
@@ -129,7 +129,7 @@ void run(const Job& job, const Tensor& like) {
   const Plan plan = plan_for(job, device, asked_regime());
   const Shape bytes{static_cast<int64_t>(workspace_of(job, plan).total)};
   const Tensor workspace = torch::stable::new_empty(like, bytes, torch::headeronly::ScalarType::Byte);
-  rnnkern::cuda::launch(job, plan, static_cast<char*>(workspace.data_ptr()), stream);
+  rnnkern::cuda::launch(job, plan, device, static_cast<char*>(workspace.data_ptr()), stream);
 }
 
 void launch_forward(
@@ -217,6 +217,11 @@ std::tuple<Tensor, Tensor, Tensor> recurrence_backward_stats_op(
   return {delta, grad_h0, stats};
 }
 
+std::vector<int64_t> versions_op() {
+  const Versions found = versions();
+  return {found.driver, found.runtime};
+}
+
 }  // namespace
 }  // namespace rnnkern::cuda
 
@@ -229,4 +234,5 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkern, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, CompositeExplicitAutograd, m) {
   m.impl("cuda_allow_tf32", TORCH_BOX(&rnnkern::cuda::allow_tf32));
+  m.impl("cuda_versions", TORCH_BOX(&rnnkern::cuda::versions_op));
 }

@@ -54,7 +54,7 @@ struct ChainKernel {
   const int lane, warp, g, q;
   const uint32_t staged_here;
   const int slab_in_block, k_part, slab, unit, group;
-  const bool inside;  // these units exist; those that do not are zeros everywhere, and stay it
+  const bool inside;  // these units are in the rows
   const int first_chunk, chunk_count;
   int products = 0;  // so far
   // Of the tile that is walked: the lane's first row, and its units there, in the step that is staged or stored next.
@@ -153,7 +153,8 @@ struct ChainKernel {
         if (R == kLocal && nt == 0) meanwhile();
 #pragma unroll
         for (int c = 0; c < KC; ++c) {
-          if (P::kStateInShared && c >= chunk_count) continue;  // no such chunk; tensor cores multiply zeros by zeros
+          // No such chunk. Tensor cores multiply zeros by zeros; but in a cluster it is a neighbour's, which may be infinite.
+          if ((P::kStateInShared || R == kCluster) && c >= chunk_count) continue;
           P::add(partial, registers[c], exchange.operand(arrival, c, nt, first_chunk));
         }
       }
@@ -180,6 +181,16 @@ struct ChainKernel {
       }
     }
     return true;
+  }
+
+  // An item's sums, with 0 for units that do not exist, which are zeros everywhere and stay it: 0 times an infinite state is NaN.
+  RNNKERN_INLINE Values of_units(Values sums) const {
+    const int existing = a.hidden_size - unit;
+    if (existing < 4) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) sums.v[u] = u < existing ? sums.v[u] : Sum(0);
+    }
+    return sums;
   }
 
   // Adds the parts of the slab's item j, in order.
@@ -269,7 +280,7 @@ struct ChainKernel {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) inputs[k] = staged_quad(staged(step, k, 0) - distance);
     const int row = first_row + row_of_item(j);
-    statistics(step, row, gradients_of(row, inputs, add_parts(j)));
+    statistics(step, row, gradients_of(row, inputs, of_units(add_parts(j))));
   }
 
   // Writes a row's sums of squares over the slab's units, as float64: those of small gradients leave float32's range.
@@ -314,11 +325,14 @@ struct ChainKernel {
         if (R == kCluster && exchange.flag(products) != 0) return false;  // all warps together
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          if (has_item(i)) sums[i] = add_parts(slab_item(i));
+          if (has_item(i)) sums[i] = of_units(add_parts(slab_item(i)));
         }
         if constexpr (kBackward && R != kLocal) {
           if (a.partials && has_helpers() && step < a.T) help(step);
         }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) sums[i] = of_units(sums[i]);
       }
       ++products;
     } else {

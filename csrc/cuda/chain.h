@@ -32,6 +32,7 @@ struct Chain {
   unsigned long long* error;  // a word of the host's: what ran out of patience, or 0
   int64_t patience;           // of a wait, in nanoseconds
   int T, B, H;                // H is a multiple of 4 and every row begins at a multiple of 16 bytes, or of four units
+  int hidden_size;            // units of those H that w_hh has
   int first_step, last_step;  // [first, last) of T (backward: of T + 1) in processing order; all but in kStep
   int last_input;             // the same for the inputs: at most T
   bool sends_initial;         // forward: begins with h0, and not with a state that an earlier launch has sent

@@ -200,10 +200,13 @@ struct Exchange {
     return true;
   }
 
-  // Until the chunk is there.
+  // Until the chunk is there. After the deadline comes one more look: the clock goes on while a debugger or a sleeping
+  // machine halts the GPU.
   RNNKERN_INLINE bool wait(uint4& v, const char* chunk) const {
+    if (a.patience < 0) return false;
     const long long deadline = ptx::nanoseconds() + a.patience;
-    while (!ptx::any(ptx::nanoseconds() > deadline)) {
+    for (bool late = false; !late;) {
+      late = ptx::any(ptx::nanoseconds() > deadline);
       v = ptx::load_relaxed(chunk);
       if (!ptx::any(missing(v))) return true;
     }
@@ -221,10 +224,13 @@ struct Exchange {
       uint64_t* const barrier = arrivals + (received & 1);
       const int parity = received >> 1 & 1;
       if (!ptx::barrier_test(barrier, parity)) {
+        if (a.patience < 0) return false;
         const long long deadline = ptx::nanoseconds() + a.patience;
-        do {
-          if (ptx::nanoseconds() > deadline) return false;
-        } while (!ptx::barrier_done(barrier, parity));
+        bool late = false;
+        while (!ptx::barrier_done(barrier, parity)) {
+          if (late) return false;
+          late = ptx::nanoseconds() > deadline;
+        }
       }
       // The next state of this buffer may begin to arrive before it is announced here: its phase waits for this arrival.
       if (ptx::thread() == 0) ptx::barrier_expect(barrier, sent_bytes());

@@ -19,7 +19,6 @@ struct Job {
   Kind kind;
   bool backward;
   Matrix w_hh;
-  int hidden_size;                      // of w_hh; chain.H is the next multiple of 4
   double* stats;                        // (4, T, B), or null
   const std::vector<int64_t>* offsets;  // (T + 1) on the host, or null
   Chain chain;                          // filled in but for what a plan and a workspace give

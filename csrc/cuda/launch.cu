@@ -1,5 +1,6 @@
 #include "cuda/launch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -45,11 +46,11 @@ Kernel kernel_of(const Job& job, const Plan& plan) {
   return kernel;
 }
 
-void allow_shared_memory(Kernel kernel, const Plan& plan) {
-  if (plan.shared_bytes <= 48 * 1024) return;
+// All that the device has, whatever this launch takes: another thread may be about to launch the same kernel with more.
+void allow_shared_memory(Kernel kernel, const Device& facts) {
   check(
       cudaFuncSetAttribute(
-          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, facts.shared_bytes),
       "shared memory for a block");
 }
 
@@ -60,7 +61,6 @@ struct LaunchConfig {
   cudaLaunchAttribute cluster{};
 
   LaunchConfig(Kernel kernel, const Plan& plan, cudaStream_t stream) : function(reinterpret_cast<const void*>(kernel)) {
-    allow_shared_memory(kernel, plan);
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = plan.members;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -87,17 +87,23 @@ Device facts_of(int device) {
         {0, 0, 0},
     };
     if (attribute(cudaDevAttrClusterLaunch, device) == 0) return;
+    // Any kernel that has a multiprocessor to itself; a part of a GPU may have too few side by side.
+    Plan plan{};
+    plan.regime = kCluster;
+    plan.KC = 8;
+    plan.NT = 1;
+    plan.slabs_per_block = plan.groups = 1;
+    plan.k_parts = 8;
+    plan.shared_bytes = known[device].shared_bytes;
+    const Kernel kernel = kBFloat16Kernels.forward(plan);
+    // Where the driver has compiled it from PTX for older devices it is empty (RNNKERN_HAS_CLUSTERS), and would launch.
+    cudaFuncAttributes compiled{};
+    check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+    if (compiled.ptxVersion < 90) return;
+    allow_shared_memory(kernel, known[device]);
     for (int i = 0; i < 3; ++i) {
-      // Any kernel that has a multiprocessor to itself; a part of a GPU may have too few side by side.
-      Plan plan{};
-      plan.regime = kCluster;
-      plan.KC = 8;
-      plan.NT = 1;
-      plan.slabs_per_block = plan.groups = 1;
-      plan.k_parts = 8;
       plan.members = 2 << i;
-      plan.shared_bytes = known[device].shared_bytes;
-      LaunchConfig config(kBFloat16Kernels.forward(plan), plan, nullptr);
+      LaunchConfig config(kernel, plan, nullptr);
       if (cudaOccupancyMaxActiveClusters(&known[device].clusters[i], config.function, &config.config) != cudaSuccess) {
         known[device].clusters[i] = 0;
         cudaGetLastError();
@@ -129,11 +135,19 @@ unsigned long long* failure_word_on_device() {
 }
 
 int64_t patience() {
-  const char* const seconds = std::getenv("RNNKERN_CUDA_PATIENCE");
-  return static_cast<int64_t>((seconds ? std::atof(seconds) : 10.0) * 1e9);
+  const char* const asked = std::getenv("RNNKERN_CUDA_PATIENCE");
+  const double seconds = asked && *asked ? std::atof(asked) : 10.0;
+  return static_cast<int64_t>(std::clamp(seconds, -1.0, 1e9) * 1e9);  // -1: none at all, for tests
 }
 
 }  // namespace
+
+Versions versions() {
+  Versions found{};
+  check(cudaDriverGetVersion(&found.driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&found.runtime), "cudaRuntimeGetVersion");
+  return found;
+}
 
 std::string earlier_failure() {
   unsigned long long* const word = failure_word;
@@ -156,7 +170,7 @@ Plan plan_for(const Job& job, int device, int asked) {
   if (plan.regime == kGrid) {
     // Waiting for blocks that cannot run is a deadlock: ask how many can, under MPS or on a part of a GPU fewer.
     const Kernel kernel = kernel_of(job, plan);
-    allow_shared_memory(kernel, plan);
+    allow_shared_memory(kernel, facts);
     int per_multiprocessor = 0;
     check(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(
@@ -167,11 +181,11 @@ Plan plan_for(const Job& job, int device, int asked) {
   return plan;
 }
 
-void launch(const Job& job, const Plan& plan, char* workspace, void* stream_handle) {
+void launch(const Job& job, const Plan& plan, int device, char* workspace, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   const Workspace space = workspace_of(job, plan);
   const Kernel kernel = kernel_of(job, plan);
-  allow_shared_memory(kernel, plan);
+  allow_shared_memory(kernel, facts_of(device));
   Chain chain = chain_for(job, plan, workspace);
   chain.error = failure_word_on_device();
   chain.patience = patience();
@@ -180,7 +194,7 @@ void launch(const Job& job, const Plan& plan, char* workspace, void* stream_hand
     bring_offsets(reinterpret_cast<int64_t*>(workspace + space.offsets), job.offsets->data(), count, stream);
   }
   table_of(job.kind).pack(
-      workspace + space.weights, job.w_hh, job.backward, job.hidden_size, slabs_of(plan), plan.chunks, stream);
+      workspace + space.weights, job.w_hh, job.backward, job.chain.hidden_size, slabs_of(plan), plan.chunks, stream);
 
   const dim3 blocks(plan.blocks()), threads(plan.threads());
   void* arguments[] = {&chain};

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
 from rnnkern import extension
+from rnnkern.backends import devices
 from rnnkern.backends.base import Backend
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,7 +20,19 @@ def unavailable() -> str | None:
     reason = extension.unavailable() or extension.cuda_unavailable()
     if reason is None and not torch.cuda.is_available():
         reason = "torch sees no GPU"
-    return reason
+    return reason or devices.too_old() or _driver_too_old()
+
+
+@cache
+def _driver_too_old() -> str | None:
+    """The kernels bring a CUDA runtime of their own, which needs a driver of its major version or later."""
+    driver, runtime = torch.ops.rnnkern.cuda_versions()
+    if driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"it was built with CUDA {runtime // 1000}, and the NVIDIA driver serves CUDA {driver // 1000}."
+        f"{driver % 1000 // 10} at most: update the driver, or build rnnkern with an older nvcc"
+    )
 
 
 def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:

@@ -11,17 +11,22 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnkern import contract
+from rnnkern.backends import devices
 from rnnkern.backends.base import Backend
 from rnnkern.kernels.plan import Device, Plan, plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: By what names packages bring the module ``triton``: its own, Windows', and those of PyTorch's builds.
+DISTRIBUTIONS = (
+    "triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu",
+)  # fmt: skip
 #: Looks at a count before a wait is given up: seconds, where a step takes microseconds.
 LIMIT = 1 << 23
 #: Bytes of the statistics' partial sums that one launch of the grid kernel may leave.
@@ -35,12 +40,20 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def installed() -> str | None:
+    """The version of the installed Triton, by whichever name it came."""
+    return next((found.version for name in DISTRIBUTIONS for found in distributions(name=name)), None)
+
+
 def _find_lack() -> str | None:
     """What is wrong with the installed Triton, if anything."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: run `pip install triton`"
-    major, minor = (int(number) for number in version("triton").split(".")[:2])
-    return None if (major, minor) >= (3, 6) else f"Triton {version('triton')} is too old: 3.6 or later is needed"
+    found = installed()
+    if found is None:
+        return f"there is a module named triton, but none of {', '.join(DISTRIBUTIONS)} is installed"
+    major, minor = (int(number) for number in found.split(".")[:2])
+    return None if (major, minor) >= (3, 6) else f"Triton {found} is too old: 3.6 or later is needed"
 
 
 _LACK = _find_lack()
@@ -48,9 +61,11 @@ _LACK = _find_lack()
 
 def unavailable() -> str | None:
     """None where the kernels can run on this machine, else why not and what to do."""
-    if _LACK is None and not interprets() and not torch.cuda.is_available():
+    if _LACK is not None or interprets():
+        return _LACK
+    if not torch.cuda.is_available():
         return "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels in Python, for tests)"
-    return _LACK
+    return devices.too_old()
 
 
 def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
@@ -58,12 +73,13 @@ def _refuses(device: str, dtype: torch.dtype, hidden_size: int) -> str | None:
         return f"it computes on {'the CPU, interpreted' if interprets() else 'a GPU'}, and the tensors are on {device}"
     if dtype not in _DTYPES:
         return f"it has no kernel for {dtype} (only for float32, bfloat16, float16)"
-    return _LACK
+    return unavailable()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are made: TF32 where PyTorch's switch for RNNs allows it, else to float32's precision."""
-    if interprets():
+    """How float32 products are made: TF32 where PyTorch's switch for RNNs allows it, else to float32's precision.
+    "tf32" for other types, whose products tensor cores make as they are."""
+    if interprets() or (dtype == torch.float32 and torch.version.hip):  # one of AMD's processors has TF32
         return "ieee"
     if dtype != torch.float32 or torch.backends.cudnn.rnn.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
@@ -77,12 +93,15 @@ def device_of(device: torch.device) -> Device:
         return Device(processors=1, shared=1 << 17, cooperative=False)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or (1 << 16)
-    return Device(properties.multi_processor_count, shared, getattr(properties, "regs_per_multiprocessor", 65536))
+    registers = getattr(properties, "regs_per_multiprocessor", 65536)
+    # Triton's barrier does not wait for the stores of the program's other waves on AMD's GPUs, so that a release would
+    # not cover them; and it caps no registers there, so that nobody knows how many programs run at once.
+    return Device(properties.multi_processor_count, shared, registers, cooperative=torch.version.hip is None)
 
 
-def plan_for(dtype: torch.dtype, H: int, B: int, device: torch.device) -> Plan:
+def plan_for(dtype: torch.dtype, H: int, B: int, device: torch.device, packed: bool = False) -> Plan:
     """How a recurrence of this size runs."""
-    return plan(dtype.itemsize, precision(dtype) == "tf32" or interprets(), H, B, device_of(device), regime)
+    return plan(dtype.itemsize, precision(dtype) == "tf32" or interprets(), H, B, device_of(device), regime, packed)
 
 
 def choices(dtype: torch.dtype, device: torch.device, B: int = 16) -> str:
@@ -176,7 +195,8 @@ def _forward(
         return
     _check_dtype("z", z)
     raise_if_a_wait_ran_out(device)
-    w, p = Walk(z, h0, batch_sizes, reverse), plan_for(z.dtype, H, h0.shape[0], device)
+    w = Walk(z, h0, batch_sizes, reverse)
+    p = plan_for(z.dtype, H, w.B, device, w.packed)
     z, h0 = side_by_side(z), side_by_side(h0)
     sizes = (w.T, w.B, w.start, w.walk, *strides(z), h0.stride(0), *w_hh.stride(), *strides(h))
     constants = dict(NONLINEARITY=nonlinearity, PACKED=w.packed, PRECISION=precision(z.dtype))
@@ -219,7 +239,7 @@ def _backward(
         return delta, grad_h0.zero_() if grad_hn is None else grad_h0.copy_(grad_hn), stats
     _check_dtype("h", h)
     raise_if_a_wait_ran_out(device)
-    p = plan_for(h.dtype, H, w.B, device)
+    p = plan_for(h.dtype, H, w.B, device, w.packed)
     grad_h, h = side_by_side(grad_h), side_by_side(h)
     given = grad_hn is not None
     grad_hn = h0 if grad_hn is None else side_by_side(grad_hn)

@@ -54,12 +54,9 @@ def clamp(g, limit):
 
 @triton.jit
 def tf32(x):
-    """float32 rounded to the nearest TF32, where a tensor core would cut off; NaN stays NaN. Other types stay."""
-    if x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True)
-        return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
-    else:
-        return x
+    """float32 rounded to the nearest TF32, where a tensor core would cut off; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -68,8 +65,10 @@ def dot(a, b, PRECISION: tl.constexpr):
     Triton's interpreter multiplies no bfloat16."""
     if PRECISION == "ieee":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
+    elif a.dtype == tl.float32:
         return tl.dot(tf32(a), tf32(b), input_precision=PRECISION)
+    else:
+        return tl.dot(a, b)
 
 
 @triton.jit

@@ -175,6 +175,8 @@ def backward(
                 begins = is_unit & (b >= n_before) & (b < n)
                 r_n = tl.load(grad_hn + b * grad_hn_b + j, mask=begins, other=0).to(tl.float32)
                 r = tl.where(b < n_before, r, r_n)
+            else:  # a sample that begins here; 0 times what is not finite in W would be NaN
+                r = tl.where(b < n_before, r, 0)
             g = e_now + r
             d = times_derivative(clamp(g, clip), h_now, NONLINEARITY)
             tl.store(delta + at + b * H + j, d.to(storage), mask=is_unit & (b < n))

@@ -41,13 +41,17 @@ class Plan:
 BATCH_CHOICES = 2
 #: Of a processor's shared memory, what W_hh and the states beside it may fill where one program has it all.
 FILL = 0.85
+#: As many programs as a launch may have along its second axis; each takes several tiles where there are more.
+MOST_GROUPS = 65535
 #: Without tensor cores a product's factors are registers of every thread: what of the long side still fits.
 SCALAR_DEPTH = 32
 
 
 @lru_cache(maxsize=1024)
-def plan(size: int, tensor_cores: bool, H: int, B: int, device: Device, regime: str | None = None) -> Plan:
-    """The plan for H hidden units and B samples.
+def plan(
+    size: int, tensor_cores: bool, H: int, B: int, device: Device, regime: str | None = None, packed: bool = False
+) -> Plan:
+    """The plan for H hidden units and B samples, of a packed sequence or not.
 
     ``size`` is that of an element in bytes; ``tensor_cores`` whether they make the product (float32 to its full
     precision is made without). ``regime`` overrules the ladder, for tests and measurements.
@@ -60,15 +64,15 @@ def plan(size: int, tensor_cores: bool, H: int, B: int, device: Device, regime: 
         if found or regime:
             return found or _refuse("resident", f"W_hh of H = {H} does not fit on one processor")
     if regime in (None, "grid") and device.cooperative:
-        found = _grid(size, tensor_cores, H, B, device)
+        found = _grid(size, tensor_cores, H, B, device, packed)
         if found or regime:
             return found or _refuse("grid", f"H = {H} has more slices than the device has processors")
     if regime == "grid":
         _refuse("grid", "programs cannot wait for each other here")
     depth = _depth(size, tensor_cores)
-    while _shared(size, 32, 16, 4, depth, False) > device.shared and depth > 16:
+    while _shared(size, 32, 16, 4, depth, False, packed) > device.shared and depth > 16:
         depth //= 2
-    return Plan("step", 32, 16, 4, depth, False, _tiles(H, 32), _tiles(B, 16))
+    return Plan("step", 32, 16, 4, depth, False, _tiles(H, 32), min(_tiles(B, 16), MOST_GROUPS))
 
 
 def _resident(size: int, tensor_cores: bool, H: int, B: int, device: Device) -> Plan | None:
@@ -78,11 +82,11 @@ def _resident(size: int, tensor_cores: bool, H: int, B: int, device: Device) -> 
     return Plan("resident", hidden, batch, 8 if hidden >= 256 else 4, groups=_tiles(B, batch))
 
 
-def _grid(size: int, tensor_cores: bool, H: int, B: int, device: Device) -> Plan | None:
+def _grid(size: int, tensor_cores: bool, H: int, B: int, device: Device, packed: bool) -> Plan | None:
     hidden = next((n for n in (16, 32, 64) if _tiles(H, n) <= device.processors), None)
     if hidden is None:
         return None
-    found = {batch: _cut(size, tensor_cores, H, B, hidden, batch, device) for batch in (8, 16)}
+    found = {batch: _cut(size, tensor_cores, H, B, hidden, batch, device, packed) for batch in (8, 16)}
     narrow, wide = found[8], found[16]
     if narrow is None or wide is None:
         return narrow
@@ -92,14 +96,16 @@ def _grid(size: int, tensor_cores: bool, H: int, B: int, device: Device) -> Plan
     return wide
 
 
-def _cut(size: int, tensor_cores: bool, H: int, B: int, hidden: int, batch: int, device: Device) -> Plan | None:
+def _cut(
+    size: int, tensor_cores: bool, H: int, B: int, hidden: int, batch: int, device: Device, packed: bool
+) -> Plan | None:
     """The grid kernel for tiles of so many hidden units and samples."""
     warps, slices = 4, _tiles(H, hidden)
     whole = max(16 * warps, _power_of_two(H))  # the long side, padded
     resident = size * whole * (hidden + batch) <= FILL * device.shared
     resident = resident and (tensor_cores or whole <= SCALAR_DEPTH * warps)
     depth = whole // warps if resident else _depth(size, tensor_cores)
-    while (need := _shared(size, hidden, batch, warps, depth, resident)) > device.shared and depth > 16:
+    while (need := _shared(size, hidden, batch, warps, depth, resident, packed)) > device.shared and depth > 16:
         depth //= 2
     if need > device.shared:
         return None
@@ -109,9 +115,13 @@ def _cut(size: int, tensor_cores: bool, H: int, B: int, hidden: int, batch: int,
     return Plan("grid", hidden, batch, warps, depth, resident, slices, groups, registers, together)
 
 
-def _shared(size: int, hidden: int, batch: int, warps: int, depth: int, resident: bool) -> int:
+def _shared(size: int, hidden: int, batch: int, warps: int, depth: int, resident: bool, packed: bool) -> int:
     """Bytes of a program: W_hh and the states beside it, turns ahead where they stream; and what the driver takes."""
-    return (1 if resident else 3) * size * warps * depth * (hidden + batch) + 1024
+    at_once = 1 if resident else 3
+    columns = at_once * (hidden + batch)
+    if packed and not resident:  # two streams of states, of which one begins: what Triton 3.7 lays out for them
+        columns = max(columns, 2 * hidden + 5 * batch)
+    return size * warps * depth * columns + 1024
 
 
 def _at_once(p: Plan, device: Device) -> int:

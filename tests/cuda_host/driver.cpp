@@ -47,7 +47,7 @@ extern "C" long long twin_run(
     job.kind = static_cast<Kind>(kind);
     job.backward = backward;
     job.w_hh = {w_hh, H, 1};
-    job.hidden_size = H;
+    job.chain.hidden_size = H;
     job.stats = stats;
     job.offsets = offsets ? &host_offsets : nullptr;
     Chain& call = job.chain;
