@@ -213,3 +213,40 @@ def test_contract() -> None:
         operator(*arguments(w_ih=torch.ones(H)))
     with pytest.raises(RuntimeError, match="x must have the dtype of h"):
         operator(*arguments(x=torch.ones(T, B, I).double()))
+
+
+@pytest.mark.parametrize("special", ["", "zeros", "not finite"])
+@pytest.mark.parametrize(
+    ("T", "B", "H", "I"), [(150, 8, 40, 33), (17, 64, 64, 64), (70, 64, 130, 40), (64, 65, 65, 97), (33, 250, 33, 9)]
+)
+@pytest.mark.parametrize("dtype", [d for d in FAST if d != torch.float64], ids=str)
+def test_gradients_of_many_rows(dtype: torch.dtype, T: int, B: int, H: int, I: int, special: str) -> None:
+    """Of both weights and the bias, in one pass over δ where there is a kernel for that; whatever the number of
+    threads, the bits are the same."""
+    sizes = (T, B, H), (T, B, I), (T, B, H), (1, B, H)
+    grad_h, x, h, h0 = (drawn(i, *size).to(dtype) for i, size in enumerate(sizes))
+    w_ih, w_hh = (drawn(4, H, I) / I**0.5).to(dtype), (drawn(5, H, H) / H**0.5).to(dtype)
+    h, h0 = h.tanh(), h0.tanh()
+    if special == "zeros":  # a loss on some steps alone, and W so small that nothing is left of it soon
+        grad_h[: T // 2], grad_h[T // 2 + 2 : -1] = 0, 0
+        w_hh *= 1e-9
+    elif special == "not finite":
+        x[T // 3, 1, I // 2] = float("inf")
+        h[T // 2, 0, 3] = float("nan")
+    given = (grad_h, None, x, w_ih, h, h0, w_hh, "relu", float("inf"))
+    delta = torch.ops.rnnkern.recurrence_backward(grad_h, None, h, h0[0], w_hh, None, False, "relu", float("inf"))[0]
+    found = {}
+    for n in (1, 2, 5):
+        with threads(n):
+            _, grad_w_ih, grad_b, grad_w_hh, *_ = torch.ops.rnnkern.layer_backward(*given, *[True] * 5)
+        found[n] = grad_w_ih, grad_b, grad_w_hh
+    before = torch.cat([h0, h[:-1]])
+
+    def by(kind: torch.dtype) -> tuple[Tensor, ...]:
+        d, of_x, of_h = (v.flatten(0, 1).to(kind) for v in (delta, x, before))
+        return d.T @ of_x, d.sum(0), d.T @ of_h
+
+    for ours, plain, true in zip(found[1], by(dtype), by(torch.float64)):
+        assert_as_good("a gradient", ours, plain, true)
+    if dtype in (torch.float32, torch.bfloat16) and torch.ops.rnnkern.cpu_isa() == "amx":
+        assert same_bits(found[1], found[2]) and same_bits(found[1], found[5])

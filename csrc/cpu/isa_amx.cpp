@@ -48,7 +48,10 @@ static bool supported() {
 }  // namespace amx
 
 extern const InstructionSet kAmx = {
-    "amx", amx::supported, {nullptr, nullptr, &amx::kKernels<amx::BFloat16>, nullptr}, &amx::kWeightGradient};
+    "amx",
+    amx::supported,
+    {nullptr, nullptr, &amx::kKernels<amx::BFloat16>, nullptr},
+    {nullptr, nullptr, &amx::kWeightGradient}};
 
 }  // namespace rnnkern::cpu
 #endif

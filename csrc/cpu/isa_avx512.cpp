@@ -22,6 +22,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cpu/squares.inc"
 #include "cpu/row_product.inc"
 #include "cpu/chain.inc"
+#include "cpu/weight_gradient_vectors.inc"
 
 static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,7 +35,8 @@ extern const InstructionSet kAvx512 = {
     "avx512",
     avx512::supported,
     {&avx512::kKernels<float>, &avx512::kKernels<double>, &avx512::kKernels<avx512::BFloat16>,
-     &avx512::kKernels<avx512::Float16>}};
+     &avx512::kKernels<avx512::Float16>},
+    {&avx512::kGradientOnVectors<float>}};
 
 }  // namespace rnnkern::cpu
 #endif

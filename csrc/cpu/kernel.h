@@ -137,7 +137,7 @@ struct RowRun {
   StridedRows delta, x[kFactors];
 };
 
-// In bfloat16: grad[i] (H, I[i]) <- the sum of delta' x[i] over all runs, and delta_sum (H) <- that of delta. I = 0 for one that nobody wants.
+// grad[i] (H, I[i]) <- the sum of delta' x[i] over all runs, and delta_sum (H) <- that of delta. I = 0 for one that nobody wants.
 struct WeightGradient {
   const RowRun* runs;
   int64_t count, H, I[kFactors];
@@ -147,7 +147,7 @@ struct WeightGradient {
 
 // Its kernel. Rows of the gradients are divided in panels of so many, and columns, one gradient's after the other's.
 struct WeightGradientKernel {
-  int64_t panel;
+  int64_t element_size, panel;
   size_t (*scratch_bytes)(int64_t height, int64_t width);  // of a thread that takes so many panels
   size_t (*sums_bytes)(const WeightGradient&);
   // sums <- of these panels, in float32
@@ -160,8 +160,9 @@ struct WeightGradientKernel {
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  const Kernels* kernels[kDtypes];                        // null: those of the next set are as good
-  const WeightGradientKernel* weight_gradient = nullptr;  // null: PyTorch's product is as good
+  const Kernels* kernels[kDtypes];  // null: those of the next set are as good
+  const WeightGradientKernel* weight_gradient[kDtypes] =
+      {};  // null: the next set's; if none has one, PyTorch's product is as good
 };
 
 // One per isa_*.cpp.

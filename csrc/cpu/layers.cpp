@@ -5,6 +5,7 @@
 
 #include "cpu/bindings.h"
 #include "cpu/products.h"
+#include "cpu/weight_gradient.h"
 
 namespace rnnkern::cpu {
 namespace {

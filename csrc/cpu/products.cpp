@@ -90,7 +90,7 @@ std::optional<Tensor> weight_gradient_on_tiles(const std::vector<Pair>& pairs, T
        {I, 0},
        {grad.data_ptr(), nullptr},
        delta_sum ? delta_sum->data_ptr() : nullptr},
-      threads());
+      dtype_of(delta), threads());
   return grad;
 }
 
@@ -117,10 +117,6 @@ std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair& pair) {
   const std::optional<Tensor> grad_w = pair.x.size(1) > 0 ? weight_gradient_on_tiles({pair}, &grad_b) : std::nullopt;
   if (grad_w) return {*grad_w, grad_b};
   return {weight_gradient({pair}), bias_gradient(pair.delta)};
-}
-
-bool has_layer_gradients(Dtype dtype, int64_t rows, int64_t H, int64_t I) {
-  return has_weight_gradient(dtype, rows, H, I) && has_weight_gradient(dtype, rows, H, H);
 }
 
 LayerGradients layer_gradients(const Pair& all, const Pair& first, const Pair& later) {
@@ -150,7 +146,7 @@ LayerGradients layer_gradients(const Pair& all, const Pair& first, const Pair& l
        {I, H},
        {grads.w_ih.data_ptr(), grads.w_hh.data_ptr()},
        grads.b.data_ptr()},
-      threads());
+      dtype_of(all.delta), threads());
   return grads;
 }
 

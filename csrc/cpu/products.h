@@ -30,11 +30,10 @@ Tensor bias_gradient(const Tensor& delta);  // the sum of all rows (H)
 // Both, by one pass over delta where there is a kernel.
 std::pair<Tensor, Tensor> weight_and_bias_gradient(const Pair&);
 
-// Of both weights of a layer, and of its bias, by one pass over delta; where there is a kernel for that.
+// Of both weights of a layer, and of its bias, by one pass over delta; where has_layer_gradients().
 struct LayerGradients {
   Tensor w_ih, w_hh, b;
 };
-bool has_layer_gradients(Dtype, int64_t rows, int64_t H, int64_t I);
 // delta's rows of all steps with x; those of the first step with h0, and those of the later ones with h of the step before.
 LayerGradients layer_gradients(const Pair& all, const Pair& first, const Pair& later);
 

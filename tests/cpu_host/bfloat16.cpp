@@ -42,7 +42,7 @@ constexpr int kMaxSums = 24;
 static bool yes() { return true; }
 static bool no() { return false; }
 
-extern const InstructionSet kAmx = {"amx", yes, {nullptr, nullptr, &host::kKernels<host::BFloat16>, nullptr}, &host::kWeightGradient};
+extern const InstructionSet kAmx = {"amx", yes, {nullptr, nullptr, &host::kKernels<host::BFloat16>, nullptr}, {nullptr, nullptr, &host::kWeightGradient}};
 extern const InstructionSet kAvx512Bf16 = {"", no, {}}, kAvx512 = kAvx512Bf16, kAvx2 = kAvx512Bf16, kGeneric = kAvx512Bf16;
 
 }  // namespace rnnkern::cpu
@@ -83,7 +83,7 @@ extern "C" int host_weight_gradient(
   std::vector<RowRun> runs;
   for (int64_t i = 0; i < count; ++i)
     runs.push_back({rows[i], {delta[i], delta_stride}, {{x0[i], x_stride[0]}, {x1[i], x_stride[1]}}});
-  weight_gradient({runs.data(), count, H, {I[0], I[1]}, {grad[0], grad[1]}, delta_sum}, threads);
+  weight_gradient({runs.data(), count, H, {I[0], I[1]}, {grad[0], grad[1]}, delta_sum}, kBFloat16, threads);
   return host::threads_with_tiles;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
