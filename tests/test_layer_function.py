@@ -122,6 +122,26 @@ def test_same_bits_without_gradients(dtype: torch.dtype) -> None:
         assert same_bits(found, module(x))
 
 
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize(("B", "I", "H"), [(1, 2, 512), (2, 4, 600), (1, 1, 1024)])
+def test_threads_that_share_units_project_on_the_way(dtype: torch.dtype, B: int, I: int, H: int) -> None:
+    """They have the same bits as one."""
+    module, x = rnnkern.RNN(I, H, dtype=dtype), drawn(1, 12, B, I).to(dtype)
+    found = []
+    for n in (1, 2, 5):
+        with threads(n), torch.no_grad():
+            found.append(module(x))
+    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+    exact = rnnkern.RNN(I, H, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    with the_long_way():
+        plain, true = module(x)[0], exact(x.double())[0]
+    if dtype == torch.float64:
+        assert_same_but_for_rounding([found[0][0]], [plain])
+    else:
+        assert_as_good("output", found[0][0], plain, true)
+
+
 def second(module: nn.Module, x: Tensor, hx: Tensor) -> tuple[Tensor, ...]:
     """Derivatives of a function of the gradients."""
     given = [*leaves(x, hx), *module.parameters()]
