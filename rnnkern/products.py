@@ -5,11 +5,11 @@ times slower than in float32. Here the rows are widened to float32, some at a ti
 and rounded once. Each product is our own operator's or has an ``out=``, which autocast leaves alone.
 
 Where it has tiles of bfloat16 (AMX) PyTorch's products are fast, but for the gradient of a weight, which sums over the
-rows: for that one there is a kernel (csrc/cpu/weight_gradient.inc).
+rows: for that one there is a kernel (csrc/cpu/weight_gradient_tiles.inc).
 
 In every dtype a chain that vanishes leaves the products after it with zeros, and with what some processors take a
 hundred times as long for, subnormal numbers: ``rnnkern::input_gradient`` and ``weight_gradient`` leave out the rows of
-zeros, and flush subnormals. For a layer that :mod:`rnnkern.layer` serves, all of this is done in its own operator.
+zeros, and flush subnormals. For a layer that :mod:`rnnkern.layer_function` serves, its own operator does all of this.
 """
 
 from __future__ import annotations

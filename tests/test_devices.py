@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,11 @@ pytestmark = pytest.mark.cpu_only("what is asked of a GPU is made up here")
 
 
 @pytest.fixture(autouse=True)
-def nothing_known() -> None:
+def nothing_known() -> Iterator[None]:
+    """Neither what was found before, nor afterwards what is made up here."""
+    devices.too_old.cache_clear()
+    cuda._driver_too_old.cache_clear()
+    yield
     devices.too_old.cache_clear()
     cuda._driver_too_old.cache_clear()
 

@@ -112,6 +112,15 @@ def test_statistics(layers: int, bias: bool) -> None:
     np.testing.assert_allclose(record["rnn"].squares, expected["rnn"].squares, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_projected_by_pytorch(dtype: torch.dtype) -> None:
+    """To the bit, where W_ih is too large for its only row of a step."""
+    module, x = rnnkern.RNN(64, 64, dtype=dtype), drawn(1, T, 1, 64, dtype=dtype)
+    found = module(x)
+    with the_long_way():
+        assert same_bits(found, module(x))
+
+
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_same_bits_without_gradients(dtype: torch.dtype) -> None:
     """However the input is projected: B decides, and W_ih's size."""

@@ -28,7 +28,7 @@ constexpr int kMaxSums = 24;  // of the vector registers, how many hold sums
 #include "cpu/squares.inc"
 #include "cpu/row_product.inc"
 #include "cpu/chain.inc"
-#include "cpu/weight_gradient.inc"
+#include "cpu/weight_gradient_tiles.inc"
 
 // A process has to ask the system for tiles, once: what it saves of a thread grows by 8 KB.
 static bool may_use_tiles() {

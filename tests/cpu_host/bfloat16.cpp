@@ -30,7 +30,7 @@ constexpr int kMaxSums = 24;
 #include "cpu/squares.inc"
 #include "cpu/row_product.inc"
 #include "cpu/chain.inc"
-#include "cpu/weight_gradient.inc"
+#include "cpu/weight_gradient_tiles.inc"
 
 }  // namespace host
 
